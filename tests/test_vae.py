@@ -1,0 +1,296 @@
+"""The mathematics of vae.py against independent references."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vae import VAE, ArticleVAE  # noqa: E402
+
+BOTH = pytest.mark.parametrize("model_class", [VAE, ArticleVAE])
+
+
+def digits_like(batch: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, 1, 28, 28, generator=generator).round()
+
+
+class Article(nn.Module):
+    """The article's model, written out again from its text, on PyTorch alone."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [784, 256, 64, 20]
+        self.encoder = nn.Sequential(
+            *(
+                layer
+                for n, m in zip(layers[:-1], layers[1:], strict=True)
+                for layer in (nn.Linear(n, m), nn.ReLU())
+            )
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(10, 64),
+            nn.ReLU(),
+            nn.Linear(64, 256),
+            nn.ReLU(),
+            nn.Linear(256, 784),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x):
+        code = self.encoder(x.reshape(len(x), 784))
+        mu, sigma = code[:, :10], code[:, 10:]
+        h = mu + sigma * torch.randn(len(x), 10)
+        x_hat = self.decoder(h).reshape(len(x), 1, 28, 28)
+        kld = 0.5 * (mu**2 + sigma**2 - torch.log(1e-8 + sigma**2) - 1).sum()
+        return x_hat, kld / (len(x) * 28 * 28)
+
+
+@BOTH
+def test_shapes_and_ranges(model_class):
+    model, x = model_class(latent_dim=7), digits_like(5)
+    mu, sigma = model.encode(x)
+    assert mu.shape == sigma.shape == (5, 7)
+    z = model.reparameterize(mu, sigma)
+    assert z.shape == (5, 7)
+    x_hat, kld = model(x)
+    assert x_hat.shape == model.decode(z).shape == (5, 1, 28, 28)
+    assert 0 <= x_hat.min() and x_hat.max() <= 1
+    assert kld.shape == () and all(loss.shape == () for loss in model.losses(x))
+
+
+def test_sigma_is_positive_and_mu_takes_both_signs():
+    torch.manual_seed(0)
+    mu, sigma = VAE().encode(100 * torch.randn(500, 1, 28, 28))
+    assert (sigma > 0).all() and (mu < 0).any() and (mu > 0).any()
+
+
+def test_article_heads_are_never_negative_and_sigma_can_be_zero():
+    torch.manual_seed(0)
+    mu, sigma = ArticleVAE().encode(torch.randn(500, 1, 28, 28))
+    assert mu.min() == 0 and sigma.min() == 0
+
+
+def test_kl_equals_torch_distributions():
+    torch.manual_seed(0)
+    mu, sigma = 3 * torch.randn(1000, 10), torch.randn(1000, 10).exp()
+    expected = kl_divergence(Normal(mu, sigma), Normal(0.0, 1.0))
+    torch.testing.assert_close(VAE().kl(mu, sigma), expected, rtol=1e-5, atol=1e-6)
+    total = VAE().kl(mu, sigma).sum(1)
+    torch.testing.assert_close(total, expected.sum(1), rtol=1e-5, atol=0)
+
+
+@BOTH
+def test_kl_of_the_prior_is_zero(model_class):
+    kl = model_class().kl(torch.zeros(3, 10), torch.ones(3, 10))
+    assert kl.abs().max() < 1e-7
+
+
+def test_forward_kld_is_per_pixel():
+    torch.manual_seed(0)
+    model, x = VAE(), digits_like(6)
+    mu, sigma = model.encode(x)
+    _x_hat, kld = model(x)
+    expected = kl_divergence(Normal(mu, sigma), Normal(0.0, 1.0)).sum() / (6 * 784)
+    torch.testing.assert_close(kld, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(model.losses(x)[1], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("which", ["mu", "sigma"])
+def test_gradients_pass_through_the_draw(which):
+    model = VAE().double()
+    torch.manual_seed(1)
+    values = {
+        "mu": torch.randn(2, 10, dtype=torch.double),
+        "sigma": torch.randn(2, 10, dtype=torch.double).exp(),
+    }
+    values[which].requires_grad_()
+
+    def decoded():
+        torch.manual_seed(2)  # the same noise for every evaluation
+        return model.decode(model.reparameterize(**values)).square().sum()
+
+    (gradient,) = torch.autograd.grad(decoded(), values[which])
+    flat, step = values[which].detach().view(-1), 1e-6
+    differences = torch.zeros_like(flat)
+    for i in range(len(flat)):
+        flat[i] += step
+        above = decoded().item()
+        flat[i] -= 2 * step
+        below = decoded().item()
+        flat[i] += step
+        differences[i] = (above - below) / (2 * step)
+    assert gradient.abs().min() > 0
+    torch.testing.assert_close(gradient.view(-1), differences, rtol=1e-5, atol=1e-8)
+
+
+def test_reparameterize_draws_from_the_posterior():
+    torch.manual_seed(0)
+    mu, sigma = torch.tensor([[-2.0, 0.5]]), torch.tensor([[0.1, 3.0]])
+    z = VAE(2).reparameterize(mu.expand(100_000, 2), sigma.expand(100_000, 2))
+    assert ((z.mean(0) - mu[0]).abs() < 5 * sigma[0] / 100_000**0.5).all()
+    assert ((z.std(0) / sigma[0] - 1).abs() < 0.02).all()
+
+
+def posterior(model, x):
+    return Independent(Normal(*model.encode(x)), 1)
+
+
+def log_joint(model, x, z):
+    """log p(x, z) from torch.distributions, z [..., b, latent_dim] -> [..., b]."""
+    log_prior = Normal(0.0, 1.0).log_prob(z).sum(-1)
+    pixels = Bernoulli(logits=model.logits(z))
+    return log_prior + pixels.log_prob(x.flatten(1)).sum(-1)
+
+
+def standard_error(samples: torch.Tensor) -> float:
+    return samples.std().item() / len(samples) ** 0.5
+
+
+@torch.no_grad()
+def test_loss_is_a_monte_carlo_elbo():
+    torch.manual_seed(0)
+    model, x = VAE(), digits_like(4)
+    for parameter in model.parameters():
+        parameter.mul_(1.5)  # far enough from the prior for every term to count
+    q = posterior(model, x)
+    z = q.sample((20_000,))
+    elbo = (log_joint(model, x, z) - q.log_prob(z)).mean(1)
+    losses = torch.stack([-784 * sum(model.losses(x)) for _ in range(4000)])
+    error = math.hypot(standard_error(elbo), standard_error(losses))
+    assert error < 0.1
+    assert abs(elbo.mean() - losses.mean()) < 4 * error
+
+
+@torch.no_grad()
+def test_log_likelihood_equals_torch_distributions():
+    torch.manual_seed(0)
+    model, x, z = VAE(), digits_like(4), torch.randn(3, 4, 10)
+    expected = Bernoulli(logits=model.logits(z)).log_prob(x.flatten(1)).sum(-1)
+    torch.testing.assert_close(model.log_likelihood(model.logits(z), x), expected)
+    reconstruction = model.reconstruction_loss(model.logits(z[0]), x)
+    torch.testing.assert_close(reconstruction, -expected[0].mean() / 784)
+
+
+@torch.no_grad()
+def test_likelihood_of_a_certain_pixel_is_not_rounded():
+    loss = VAE().reconstruction_loss(torch.full((1, 784), 200.0), torch.zeros(1, 1, 28, 28))
+    assert loss.item() == pytest.approx(200.0)  # from sigmoid(200) = 1.0 it would be inf or clamped
+
+
+@torch.no_grad()
+def test_importance_weighted_bound_equals_its_definition():
+    """Burda et al. eq. 8 from torch.distributions, with the same draws."""
+    torch.manual_seed(0)
+    model, x = VAE(), digits_like(4)
+    torch.manual_seed(1)
+    bound = model.importance_weighted_bound(x, 50)
+    torch.manual_seed(1)
+    q = posterior(model, x)
+    z = q.base_dist.loc + q.base_dist.scale * torch.randn(50, 4, 10)
+    weights = (log_joint(model, x, z) - q.log_prob(z)).double().exp()
+    torch.testing.assert_close(bound.double(), weights.mean(0).log(), rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_importance_weighted_bound_starts_at_the_elbo_and_does_not_fall():
+    torch.manual_seed(0)
+    model, x = VAE(), digits_like(4)
+    for parameter in model.parameters():
+        parameter.mul_(1.5)
+    bounds = {
+        k: torch.stack([model.importance_weighted_bound(x, k).mean() for _ in range(1000)])
+        for k in (1, 10, 100)
+    }
+    elbo = torch.stack([-784 * sum(model.losses(x)) for _ in range(1000)])
+    errors = {k: standard_error(bound) for k, bound in bounds.items()}
+    assert abs(bounds[1].mean() - elbo.mean()) < 4 * math.hypot(errors[1], standard_error(elbo))
+    for fewer, more in ((1, 10), (10, 100)):
+        assert bounds[more].mean() > bounds[fewer].mean() - 3 * math.hypot(
+            errors[fewer], errors[more]
+        )
+    assert bounds[100].mean() > bounds[1].mean() + 1  # this posterior is not exact: the gap is real
+
+
+@torch.no_grad()
+def test_importance_weighted_bound_is_exact_where_the_posterior_is():
+    """A decoder that ignores z and an encoder that returns the prior: log p(x) is known."""
+    model, x = VAE(), digits_like(4)
+    for parameter in model.parameters():
+        parameter.zero_()
+    bound = model.importance_weighted_bound(x, 3)
+    torch.testing.assert_close(bound, torch.full((4,), -784 * math.log(2)))
+
+
+@torch.no_grad()
+def test_importance_weighted_bound_of_dead_units_is_finite():
+    model, x = ArticleVAE(), digits_like(4)
+    for parameter in model.encoder.parameters():
+        parameter.zero_()
+    assert (model.encode(x)[1] == 0).all()
+    assert model.importance_weighted_bound(x, 10).isfinite().all()
+
+
+@BOTH
+def test_state_dict_of_the_article_loads(model_class):
+    article = Article()
+    keys = {
+        f"{part}.{i}.{kind}"
+        for part in ("encoder", "decoder")
+        for i in (0, 2, 4)
+        for kind in ("weight", "bias")
+    }
+    assert set(article.state_dict()) == keys
+    model = model_class()
+    model.load_state_dict(article.state_dict())
+    article.load_state_dict(model.state_dict())
+
+
+def test_article_recipe_computes_the_article():
+    torch.manual_seed(0)
+    article, model, x = Article(), ArticleVAE(), digits_like(32)
+    model.load_state_dict(article.state_dict())
+    torch.manual_seed(1)
+    x_hat, kld = article(x)
+    loss = nn.MSELoss()(x_hat, x) + 1.0 * kld
+    torch.manual_seed(1)
+    ours = model(x)
+    torch.testing.assert_close(ours[0], x_hat, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours[1], kld, rtol=1e-6, atol=1e-6)
+    torch.manual_seed(1)
+    torch.testing.assert_close(sum(model.losses(x)), loss, rtol=1e-6, atol=1e-6)
+
+
+def test_article_recipe_trains_as_the_article():
+    torch.manual_seed(0)
+    article, model = Article(), ArticleVAE()
+    model.load_state_dict(article.state_dict())
+    batches = [digits_like(32, seed) for seed in range(10)]
+
+    optimizer = torch.optim.Adam(article.parameters(), lr=1e-3)
+    torch.manual_seed(1)
+    for x in batches:
+        x_hat, kld = article(x)
+        elbo = -nn.MSELoss()(x_hat, x) - 1.0 * kld
+        optimizer.zero_grad()
+        (-elbo).backward()
+        optimizer.step()
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    torch.manual_seed(1)
+    for x in batches:
+        reconstruction, kld = model.losses(x)
+        optimizer.zero_grad()
+        (reconstruction + kld).backward()
+        optimizer.step()
+
+    untrained = Article()
+    for name, weight in article.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=1e-5)
+        assert (weight - untrained.state_dict()[name]).abs().max() > 1e-3
