@@ -48,7 +48,7 @@ class VAE(nn.Module):
         return mu, log_sigma.exp()
 
     def reparameterize(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """A draw z ~ N(mu, sigma²) of their shape, differentiable in both (Kingma & Welling 2.4)."""
+        """A draw z ~ N(mu, sigma²), of their shape (Kingma & Welling, section 2.4)."""
         return mu + sigma * torch.randn_like(sigma)
 
     def logits(self, z: Tensor) -> Tensor:
