@@ -41,6 +41,16 @@ class VAE(nn.Module):
             nn.Linear(256, 784),
             nn.Sigmoid(),
         )
+        self.initialize()
+
+    def initialize(self) -> None:
+        """He et al. 2015, arXiv:1502.01852. PyTorch's default is too small for ReLU layers: before
+        the decoder has learnt to use a unit, the KL may have shut it down.
+        """
+        for layer in (*self.encoder, *self.decoder):
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] in [0, 1] -> mu, sigma, [b, latent_dim] each, sigma > 0."""
@@ -120,6 +130,9 @@ class ArticleVAE(VAE):
     def __init__(self, latent_dim: int = 10):
         super().__init__(latent_dim)
         self.encoder.append(nn.ReLU())
+
+    def initialize(self) -> None:
+        """PyTorch's default, as in the article."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] in [0, 1] -> mu, sigma, [b, latent_dim] each, neither negative."""
