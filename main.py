@@ -24,6 +24,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -489,7 +490,8 @@ def save(run: Path, checkpoint: dict, images: dict[str, tuple[Tensor, int]]) -> 
 def load_checkpoint(run: Path) -> dict:
     path = run / "checkpoint.pt"
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
+        with warnings.catch_warnings(action="ignore"):  # of what the sentence below says better
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         if checkpoint["format"] > FORMAT:
             stop(f"{path} was written by a newer main.py (format {checkpoint['format']}).")
         epochs = [row["epoch"] for row in checkpoint["history"]]

