@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.error import URLError
 from urllib.parse import quote, urlsplit
+from urllib.request import urlopen
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is being loaded
@@ -169,8 +171,8 @@ def train(
             losses.append(loss.detach())  # its value, asked for here, would stall a GPU every step
             if average is not model and step % 10 == 0:
                 update_average(average, model, step // 10)
-    losses = torch.stack(losses)
-    sizes = torch.tensor([len(batch) for batch in batches], device=losses.device)
+    losses = torch.stack(losses).cpu()
+    sizes = torch.tensor([len(batch) for batch in batches])
     mean = (losses * sizes).sum().item() / len(images)
     return mean * PIXELS, losses.isfinite().cumprod(0).sum().item()
 
@@ -266,12 +268,10 @@ def install_web_files() -> None:
     if all(place.exists() for place in places.values()):
         return
     print("Fetching the scripts of Visdom's page; this happens once.")
-    try:
-        requests.head("https://unpkg.com", timeout=3)
+    with contextlib.suppress(OSError, HTTPException, subprocess.TimeoutExpired):
+        urlopen("https://unpkg.com", timeout=3).close()
         download = "from visdom.server.build import download_scripts; download_scripts()"
         subprocess.run([sys.executable, "-c", download], timeout=120, capture_output=True)
-    except (requests.RequestException, subprocess.TimeoutExpired):
-        pass
     missing = {file: place for file, place in places.items() if not place.exists()}
     try:
         contents = from_npm(*{file.split("/")[0] for file in missing}) if missing else {}
@@ -318,8 +318,11 @@ class Dashboard:
             if not self.listening():
                 self.start_server()
         self.check_server()
-        print(f"Dashboard: {self.page}")
+        print(f"Dashboard: {self.page}{self.how_to_stop()}")
         self.tell()
+
+    def how_to_stop(self) -> str:
+        return f" (started here; to stop it: kill {self.server.pid})" if self.server else ""
 
     def listening(self) -> bool:
         try:
@@ -446,8 +449,7 @@ class Dashboard:
             self.thread.join(self.PATIENCE)
         self.tell()
         if self.server:
-            pid = self.server.pid
-            print(f"The dashboard stays at {self.page} (pid {pid}); to stop it: kill {pid}")
+            print(f"The dashboard stays at {self.page}{self.how_to_stop()}")
 
 
 # -------------------------------------------------------------------------------- what is saved
@@ -496,8 +498,10 @@ def load_checkpoint(run: Path) -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         if checkpoint["format"] > FORMAT:
             stop(f"{path} was written by a newer main.py (format {checkpoint['format']}).")
-        epochs = [row["epoch"] for row in checkpoint["history"]]
-        if epochs != list(range(1, checkpoint["epoch"] + 1)):
+        for epoch, row in enumerate(checkpoint["history"], 1):
+            if list(row) != list(METRICS) or row["epoch"] != epoch:
+                raise ValueError
+        if len(checkpoint["history"]) != checkpoint["epoch"] or not dict(checkpoint["options"]):
             raise ValueError
         return checkpoint
     except FileNotFoundError:
@@ -530,26 +534,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def visdom_url(text: str) -> str:
-    if not text:  # no dashboard
+    """The URL with its port, which is Visdom's own if none is given. Empty: no dashboard."""
+    name, address, path = r"[^\s/:@?#\[\]]+", r"\[[\da-f:]+\]", r"(?:/[^\s?#]*)?"
+    match = re.fullmatch(rf"(https?)://({name}|{address})(?::(\d+))?({path})", text)
+    if not text:
         return text
-    try:
-        url = urlsplit(text)
-        port = url.port or {"http": 8097, "https": 443}[url.scheme]
-        host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
-        if (
-            not host
-            or url.query
-            or url.fragment
-            or url.username
-            or not text.isprintable()
-            or " " in text
-        ):
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise argparse.ArgumentTypeError(
-            f"a URL like http://localhost:8097 is wanted, not {text!r}"
-        ) from None
-    return f"{url.scheme}://{host}:{port}{url.path.rstrip('/')}"
+    if not match or not 0 < int(match[3] or 8097) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a URL like http://localhost:8097")
+    port = match[3] or {"http": 8097, "https": 443}[match[1]]
+    return f"{match[1]}://{match[2]}:{port}{match[4].rstrip('/')}"
 
 
 def option(name: str) -> str:
@@ -592,7 +585,13 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
     add("--run", default="", metavar="DIR", help="folder of this run (runs/<time>-<recipe>)")
     add("--resume", default="", metavar="DIR", help="go on with the run in this folder (none)")
-    add("--visdom", type=visdom_url, default=server, metavar="URL", help=f"({server}),")
+    add(
+        "--visdom",
+        type=visdom_url,
+        default=server,
+        metavar="URL",
+        help=f"started if need be ({server})",
+    )
     add("--env", default="main", metavar="NAME", help="in Visdom (main)")
     add("--no-visdom", dest="visdom", action="store_const", const="", help="no dashboard")
 
@@ -600,7 +599,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
         args = parser.parse_args(arguments)
         for name, (low, high) in LIMITS.items():
             if not low <= getattr(args, name) <= high:  # nan is not, either
-                parser.error(f"argument {option(name)}: from {low} to {high}, please")
+                parser.error(f"{option(name)} must be from {low} to {high}")
         return args
 
     args = parse(sys.argv[1:])
@@ -623,11 +622,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
 
 
 def choose_device(name: str) -> torch.device:
-    here = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    here = {"cuda": cuda, "mps": mps, "cpu": True}
     if name == "auto":
         name = next(device for device in here if here[device])
     if not here[name]:

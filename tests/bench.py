@@ -31,16 +31,16 @@ sys.path.insert(0, str(PROJECT))
 import main  # noqa: E402
 
 PEAK = """
-import resource, runpy, sys
+import re, runpy, sys
+from pathlib import Path
 import torch
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this process alone: the usual ru_maxrss begins with that of the parent
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
+before = peak()
 sys.argv = sys.argv[1:]
 sys.path.insert(0, sys.argv[0].removesuffix("main.py"))
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print("peak", (after - before) // 1024)
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(peak() - before)
 """
 
 

@@ -1,6 +1,6 @@
 """The figures and the picture of the README: `python tests/results.py` (an hour or so, 2 cores).
 
-Trains both recipes, and the steps from the one to the other, for 50 epochs with three seeds; each
+Trains both recipes with three seeds, and the steps from the one to the other, for 50 epochs; each
 is a run of main.py in runs/results/, which is not repeated, so the work can be split among
 processes and go on after an interruption. Then prints the table and writes .github/recipes.png.
 `--only RECIPE-SEED ...` trains just those.
@@ -28,7 +28,7 @@ from vae import VAE, ArticleVAE  # noqa: E402
 
 RUNS = PROJECT / "runs" / "results"
 EPOCHS = 50
-SEEDS = (0, 1, 2)
+SEEDS = {"article": (0, 1, 2), "elbo": (0, 1, 2)}  # the steps between them have seed 0 alone
 
 
 class Bernoulli(ArticleVAE):
@@ -145,15 +145,16 @@ def report() -> None:
     rows = [test_images[:16]]
     for recipe in STEPS:
         measured = [
-            measure(f"{recipe}-{seed}", classifier, test_images, test_labels) for seed in SEEDS
+            measure(f"{recipe}-{seed}", classifier, test_images, test_labels)
+            for seed in SEEDS.get(recipe, (0,))
         ]
         cells = [recipe]
         for key in measured[0][0]:
             values = [figures[key] for figures, _ in measured]
             digits = 4 if key == "MSE" else 1
-            cells.append(
-                f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-            )
+            cells.append(f"{statistics.mean(values):.{digits}f}")
+            if len(values) > 1:
+                cells[-1] += f" ± {statistics.stdev(values):.{digits}f}"
         if recipe == "article":
             print(" | ".join(["recipe", *measured[0][0]]))
         print(" | ".join(cells))
@@ -174,7 +175,8 @@ def results() -> None:
         main.RECIPES.update(STEPS)
         return train(args.train)
     RUNS.mkdir(parents=True, exist_ok=True)
-    for name in args.only or [f"{recipe}-{seed}" for seed in SEEDS for recipe in STEPS]:
+    names = [f"{recipe}-{seed}" for recipe in STEPS for seed in SEEDS.get(recipe, (0,))]
+    for name in args.only or names:
         log = RUNS / f"{name}.log"
         if not log.exists() or "log p(x)" not in log.read_text():
             print("training", name, flush=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import requests
 import visdom
 from conftest import npm_with_a_way_out, wait_for
 from PIL import Image
@@ -91,7 +90,6 @@ def kill_later():
 def start_visdom(environment):
     """Starts Visdom's own server, as in another terminal, and returns its process."""
     processes = []
-    main.requests = requests
     main.install_web_files()
 
     def start(url: str, *options: str, **variables: str) -> subprocess.Popen:
@@ -276,7 +274,7 @@ def test_other_environments_paths_and_latent_dims(run_main, few_digits, page, ur
     result = run_main(*SMALL, *options, "--data", few_digits)
     assert result.returncode == 0 and result.stderr == "", result.stderr
     kill_later(result.stdout)
-    (address,) = re.findall(r"Dashboard: (.*)", result.stdout)
+    (address,) = re.findall(r"Dashboard: (\S+)", result.stdout)
     page.goto(address)
     wait_for(lambda: page.wait_for_timeout(50) or page.locator(".react-grid-item").count() == 6)
 
