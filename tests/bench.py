@@ -110,7 +110,7 @@ def jax_scan(images: torch.Tensor, batch_size: int):
     import jax
     from jax import numpy as jnp
 
-    data = jnp.asarray(images.flatten(1).numpy())
+    data = jnp.asarray((images / 255).flatten(1).numpy())
     model = main.VAE()
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     weights = [

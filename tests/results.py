@@ -134,7 +134,7 @@ def measure(name: str, classifier: Classifier, images, labels) -> tuple[dict, to
 
 def report() -> None:
     torch.set_flush_denormal(True)
-    images, test_images = main.load_images("MNIST", PROJECT / "data")
+    images, test_images = (part / 255 for part in main.load_images("MNIST", PROJECT / "data"))
     labels, test_labels = (
         datasets.MNIST(PROJECT / "data", train=part).targets for part in (True, False)
     )

@@ -249,7 +249,7 @@ def test_six_panes(run_main, few_digits, page, url, kill_later, recipe):
     assert_whole(page, url, 5)
     shown = tiles(picture(page, "x"), 8)
     _, test_images = main.load_images("MNIST", few_digits)
-    assert np.abs(shown - test_images[:32, 0].numpy()).max() < 0.01
+    assert np.abs(shown - test_images[:32, 0].numpy() / 255).max() < 0.01
     assert np.abs(tiles(picture(page, "x_hat"), 8) - shown).mean() < 0.2
     text = page.locator("body").inner_text()
     for label in ("epoch", "latent unit", "train", "test", "nats per image"):
