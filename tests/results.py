@@ -54,8 +54,7 @@ STEPS = {
     "linear-heads": LinearHeads,
     "bernoulli": Bernoulli,
     "both": Both,
-    "both-he": VAE,  # main.py averages the weights of its own recipe "elbo" alone
-    "elbo": VAE,
+    "elbo": VAE,  # the only one whose weights main.py averages
 }
 
 
