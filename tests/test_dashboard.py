@@ -434,7 +434,7 @@ def test_no_visdom_opens_no_socket(environment, few_digits, tmp_path):
         f"strace -f -qq -e trace=socket,connect -o trace {command}",
         shell=True,
         cwd=tmp_path,
-        # As in any login shell. Without it PyTorch asks libc for the name, which asks a local daemon.
+        # As in a login shell. Without it PyTorch has libc ask a local daemon for the name.
         env=environment | {"USER": "reader"},
     )
     assert traced.returncode == 0
