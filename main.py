@@ -664,7 +664,7 @@ def experiment(args: argparse.Namespace, checkpoint: dict) -> None:
     average = copy.deepcopy(model) if args.recipe == "elbo" else model  # what is measured
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     done, history = checkpoint["epoch"], checkpoint["history"]
-    if done or "model" in checkpoint:
+    if args.resume:
         try:
             model.load_state_dict(checkpoint["model"])
             average.load_state_dict(checkpoint["average"])

@@ -117,7 +117,7 @@ def test_gradients_pass_through_the_draw(which):
         return model.decode(model.reparameterize(**values)).square().sum()
 
     (gradient,) = torch.autograd.grad(decoded(), values[which])
-    flat, step = values[which].detach().view(-1), 1e-6
+    flat, step = values[which].detach().view(-1), 1e-5
     differences = torch.zeros_like(flat)
     for i in range(len(flat)):
         flat[i] += step
@@ -127,7 +127,7 @@ def test_gradients_pass_through_the_draw(which):
         flat[i] += step
         differences[i] = (above - below) / (2 * step)
     assert gradient.abs().min() > 0
-    torch.testing.assert_close(gradient.view(-1), differences, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(gradient.view(-1), differences, rtol=1e-5, atol=1e-8)
 
 
 def test_reparameterize_draws_from_the_posterior():
