@@ -164,6 +164,9 @@ def train(
 ) -> tuple[float, int]:
     """One epoch. Returns its mean loss, nats per image, and up to which step it was finite."""
     model.train()
+    # So small a step is not worth sharing: the threads would mostly spin, waiting for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if args.batch_size <= 128 else threads)
     batches = torch.randperm(len(images), device=images.device).split(args.batch_size)
     steps_before = (epoch - 1) * len(batches)
     losses = []
@@ -177,6 +180,7 @@ def train(
             losses.append(loss.detach())  # its value, asked for here, would stall a GPU every step
             if average is not model and step % 10 == 0:
                 update_average(average, model, step // 10)
+    torch.set_num_threads(threads)
     losses = torch.stack(losses).cpu()
     sizes = torch.tensor([len(batch) for batch in batches])
     mean = (losses * sizes).sum().item() / len(images)
