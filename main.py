@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import NoReturn
@@ -164,24 +164,25 @@ def train(
 ) -> tuple[float, int]:
     """One epoch. Returns its mean loss, nats per image, and up to which step it was finite."""
     model.train()
-    # So small a step is not worth sharing: the threads would mostly spin, waiting for each other.
+    # A second thread gains a sixth at best in steps so short, and makes them six times as long
+    # when another program wants its core: each then waits for the other.
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if args.batch_size <= 128 else threads)
     batches = torch.randperm(len(images), device=images.device).split(args.batch_size)
-    steps_before = (epoch - 1) * len(batches)
-    losses = []
+    losses = torch.empty(len(batches), device=images.device)
     with tqdm(batches, f"epoch {epoch}", leave=False, disable=None) as bar:
-        for step, batch in enumerate(bar, steps_before):
+        for step, batch in enumerate(bar):
             reconstruction, kld = model.losses(images.index_select(0, batch) / 255)
             loss = reconstruction + args.beta * kld
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())  # its value, asked for here, would stall a GPU every step
-            if average is not model and step % 10 == 0:
-                update_average(average, model, step // 10)
+            losses[step] = loss.detach()  # not its value, which would stall a GPU every step
+            steps_before = (epoch - 1) * len(batches) + step
+            if average is not model and steps_before % 10 == 0:
+                update_average(average, model, steps_before // 10)
     torch.set_num_threads(threads)
-    losses = torch.stack(losses).cpu()
+    losses = losses.cpu()
     sizes = torch.tensor([len(batch) for batch in batches])
     mean = (losses * sizes).sum().item() / len(images)
     return mean * PIXELS, losses.isfinite().cumprod(0).sum().item()
@@ -213,7 +214,7 @@ def evaluate(model: VAE, images: Tensor, beta: float) -> tuple[dict, Tensor]:
         mus.append(mu)
         kls.append(model.kl(mu, sigma))
     reconstruction, bce, mse = (sums / len(images)).tolist()
-    kl_per_unit = torch.cat(kls).mean(0)
+    kl_per_unit = torch.cat(kls).mean(0).cpu()
     kl = kl_per_unit.sum().item()
     metrics = {
         "test_loss": reconstruction + beta * kl,
@@ -241,10 +242,10 @@ def pictures(model: VAE, x: Tensor, z: Tensor) -> dict[str, tuple[Tensor, int]]:
     steps = torch.linspace(-3, 3, 9, device=x.device)
     traversal = units[:, None, :] * steps[None, :, None]  # a row per unit, the others at 0
     return {
-        "x": (x, 8),
-        "x_hat": (x_hat, 8),
-        "samples": (model.decode(z), 8),
-        "traversal": (model.decode(traversal.flatten(0, 1)), len(steps)),
+        "x": (x.cpu(), 8),
+        "x_hat": (x_hat.cpu(), 8),
+        "samples": (model.decode(z).cpu(), 8),
+        "traversal": (model.decode(traversal.flatten(0, 1)).cpu(), len(steps)),
     }
 
 
@@ -327,7 +328,9 @@ class Dashboard:
             self.session.trust_env = False  # a proxy does not lead back to this machine
             if not self.listening():
                 self.start_server()
-        self.check_server()
+        self.attempt(self.greet)
+        if self.fault == "cannot be reached" and self.listening():
+            stop(f"what listens at {self.url} is not Visdom; name another --visdom URL.")
         print(f"Dashboard: {self.page}{self.how_to_stop()}")
         self.tell()
 
@@ -354,9 +357,9 @@ class Dashboard:
                 stderr=log,
                 start_new_session=True,
             )
-            said, give_up = "", time.monotonic() + 30
+            said, wait_until = "", time.monotonic() + 30
             while server.poll() is None and "navigate to" not in said:
-                if time.monotonic() > give_up:
+                if time.monotonic() > wait_until:
                     break
                 time.sleep(0.1)
                 log.seek(0)
@@ -369,48 +372,33 @@ class Dashboard:
                     reason = said.strip().rpartition("\n")[2]
                     warn(f"Visdom's server did not start ({reason}).")
 
-    def check_server(self) -> None:
+    def greet(self) -> None:
         """Log in where wanted; end the program where something other than Visdom answers."""
         question = {"win": "", "eid": self.env}
-        try:
-            answer = self.post("win_exists", question)
-            if answer.status_code in (400, 401):
+        answer = self.post("win_exists", question)
+        if answer.status_code in (400, 401):
+            page = self.session.get(self.url, timeout=self.PATIENCE)
+            if "Visdom Login" in page.text:
                 name = os.environ.get("VISDOM_USERNAME", "")
                 password = os.environ.get("VISDOM_PASSWORD", "").encode()
                 login = {"username": name, "password": hashlib.sha256(password).hexdigest()}
-                if "Visdom Login" in self.session.get(self.url, timeout=self.PATIENCE).text:
-                    if not self.post("", login).ok:
-                        stop(f"Visdom at {self.url} wants VISDOM_USERNAME and VISDOM_PASSWORD.")
-                    answer = self.post("win_exists", question)
-            if answer.status_code in (500, 502, 503, 504):
-                self.fault = f"answers {answer.status_code}"
-            elif answer.text not in ("true", "false"):
-                stop(f"what answers at {self.url} is not Visdom; name another --visdom URL.")
-        except requests.Timeout:
-            self.fault = "does not answer"
-        except requests.RequestException:
-            if self.listening():
-                stop(f"what listens at {self.url} is not Visdom; name another --visdom URL.")
-            self.fault = "cannot be reached"
+                if not self.post("", login).ok:
+                    stop(f"Visdom at {self.url} wants VISDOM_USERNAME and VISDOM_PASSWORD.")
+                answer = self.post("win_exists", question)
+        if answer.status_code in (500, 502, 503, 504):
+            answer.raise_for_status()
+        if answer.text not in ("true", "false"):
+            stop(f"what answers at {self.url} is not Visdom; name another --visdom URL.")
 
     def post(self, endpoint: str, message: dict) -> "requests.Response":
         url = f"{self.url}/{endpoint}"
         return self.session.post(url, data=json.dumps(message), timeout=self.PATIENCE)
 
-    def show(self, state: dict) -> None:
-        """Send the windows, unless the sending of earlier ones still lasts; returns at once."""
-        self.state = state
-        if not self.thread.is_alive():
-            self.tell()
-            self.thread = threading.Thread(target=self.send, args=(state,), daemon=True)
-            self.thread.start()
-
-    def send(self, state: dict) -> None:
+    def attempt(self, talk: Callable[[], None]) -> None:
+        """Talk to the server, and put into words what goes wrong."""
         try:
-            for message, endpoint in self.messages(**state):
-                self.post(endpoint, message).raise_for_status()
+            talk()
             self.fault = ""
-            self.shown = state
         except requests.Timeout:
             self.fault = "does not answer"
         except requests.HTTPError as error:
@@ -418,9 +406,23 @@ class Dashboard:
         except requests.RequestException:
             self.fault = "cannot be reached"
 
+    def show(self, state: dict) -> None:
+        """Send the windows, unless the sending of earlier ones still lasts; returns at once."""
+        self.state = state
+        if not self.thread.is_alive():
+            self.tell()
+            self.thread = threading.Thread(target=self.attempt, args=(self.send,), daemon=True)
+            self.thread.start()
+
+    def send(self) -> None:
+        state = self.state
+        for message, endpoint in self.messages(**state):
+            self.post(endpoint, message).raise_for_status()
+        self.shown = state
+
     def messages(self, images: dict, history: list[dict], kl_per_unit: Tensor) -> Iterator[tuple]:
         """What Visdom's client would send for each window, and to which endpoint."""
-        import visdom  # here, because it takes a second that training need not wait for
+        import visdom  # here, because it can take seconds that training need not wait for
 
         viz = visdom.Visdom(env=self.env, send=False, use_incoming_socket=False)
         # Two panes, and four below them, fill 1300 x 800 and leave Visdom's own corner free.
@@ -498,7 +500,7 @@ def save(run: Path, checkpoint: dict, images: dict[str, tuple[Tensor, int]]) -> 
         framed = F.pad(pictures, (2, 2, 2, 2), value=1.0)
         grid = framed.view(-1, nrow, 32, 32).transpose(1, 2).reshape(-1, 32 * nrow)
         content = io.BytesIO()
-        Image.fromarray((255 * grid).byte().cpu().numpy()).save(content, "png")
+        Image.fromarray((255 * grid).byte().numpy()).save(content, "png")
         files[f"{name}.png"] = content.getvalue()
     write(run, files)
 
@@ -557,18 +559,17 @@ def visdom_url(text: str) -> str:
     return f"{match[1]}://{match[2]}:{port}{match[4].rstrip('/')}"
 
 
-def option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # nan is not, either
+                return value
+        name = {int: "a whole number", float: "a number"}[kind]
+        raise argparse.ArgumentTypeError(f"{text} is not {name} from {low} to {high}")
+
+    return parse
 
 
-LIMITS = {
-    "epochs": (1, 10**9),
-    "batch_size": (1, 10**9),
-    "lr": (1e-12, 1e3),
-    "beta": (0, 1e6),
-    "latent_dim": (1, PIXELS),
-    "seed": (0, 2**32 - 1),
-}
 # What --resume lets change: where and how long a run goes on, but not what it computes.
 MAY_CHANGE = ("epochs", "data", "device", "visdom", "env")
 
@@ -584,49 +585,44 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     data_sets = ("MNIST", "FashionMNIST", "KMNIST")
     devices = ("auto", "cpu", "cuda", "mps")
     server = "http://localhost:8097"
+    count, small, positive = (
+        number(int, 1, 10**9),
+        number(int, 1, PIXELS),
+        number(float, 1e-12, 1000),
+    )
+    weight, seed = number(float, 0, 10**6), number(int, 0, 2**32 - 1)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="elbo", help="mended, or as in the article (elbo)")
-    add("--epochs", type=int, default=1000, metavar="N", help="epochs in all (1000)")
-    add("--batch-size", type=int, default=32, metavar="N", help="images per step (32)")
-    add("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
-    add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
-    add("--latent-dim", type=int, default=10, metavar="N", help="latent units (10)")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same run on a CPU (0)")
+    add("--epochs", type=count, default=1000, metavar="N", help="epochs in all (1000)")
+    add("--batch-size", type=count, default=32, metavar="N", help="images per step (32)")
+    add("--lr", type=positive, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
+    add("--beta", type=weight, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
+    add("--latent-dim", type=small, default=10, metavar="N", help="latent units (10)")
+    add("--seed", type=seed, default=0, metavar="N", help="same seed, same run on a CPU (0)")
     add("--device", choices=devices, default="auto", help="the best there is (auto)")
     add("--dataset", choices=data_sets, default="MNIST", help="28 x 28 images (MNIST)")
     add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
     add("--run", default="", metavar="DIR", help="folder of this run (runs/<time>-<recipe>)")
     add("--resume", default="", metavar="DIR", help="go on with the run in this folder (none)")
-    add(
-        "--visdom",
-        type=visdom_url,
-        default=server,
-        metavar="URL",
-        help=f"started if need be ({server})",
-    )
+    url = f"started if need be ({server})"
+    add("--visdom", type=visdom_url, default=server, metavar="URL", help=url)
     add("--env", default="main", metavar="NAME", help="in Visdom (main)")
     add("--no-visdom", dest="visdom", action="store_const", const="", help="no dashboard")
 
-    def parse(arguments: list[str]) -> argparse.Namespace:
-        args = parser.parse_args(arguments)
-        for name, (low, high) in LIMITS.items():
-            if not low <= getattr(args, name) <= high:  # nan is not, either
-                parser.error(f"{option(name)} must be from {low} to {high}")
-        return args
-
-    args = parse(sys.argv[1:])
+    args = parser.parse_args()
     if not args.resume:
         if args.run and Path(args.run, "checkpoint.pt").exists():
             go_on = shlex.join(["python", sys.argv[0], "--resume", args.run])
             stop(f"--run {args.run} holds a run already; to go on with it: {go_on}")
         return args, {"epoch": 0, "history": []}
     checkpoint = load_checkpoint(Path(args.resume))
-    saved = checkpoint["options"]
-    args = parse([f"{option(name)}={value}" for name, value in saved.items()] + sys.argv[1:])
-    for name, value in saved.items():
-        given = getattr(args, name)
-        if name not in MAY_CHANGE and given != value:
-            stop(f"{option(name)} {given} cannot be resumed with: the run has {value}.")
+    options = {"--" + key.replace("_", "-"): key for key in checkpoint["options"]}
+    saved = [f"{name}={checkpoint['options'][key]}" for name, key in options.items()]
+    args = parser.parse_args(saved + sys.argv[1:])
+    for name, key in options.items():
+        given, value = getattr(args, key), checkpoint["options"][key]
+        if key not in MAY_CHANGE and given != value:
+            stop(f"{name} {given} cannot be resumed with: the run has {value}.")
     if args.run:
         stop("--run cannot be given with --resume, which goes on in the folder of the run.")
     args.run, args.epochs = args.resume, max(args.epochs, checkpoint["epoch"])
@@ -723,9 +719,7 @@ def experiment(args: argparse.Namespace, checkpoint: dict) -> None:
                 f"  active {row['active_units']}/{args.latent_dim}  {row['seconds']:.1f} s"
             )
         if dashboard:
-            images = {name: (pictures.cpu(), nrow) for name, (pictures, nrow) in images.items()}
-            state = {"images": images, "history": history, "kl_per_unit": kl_per_unit.cpu()}
-            dashboard.show(state)
+            dashboard.show({"images": images, "history": history, "kl_per_unit": kl_per_unit})
 
     seed_noise(args.seed, 0)
     bound = importance_weighted_bound(average, test_images)

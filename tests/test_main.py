@@ -1,5 +1,6 @@
 """main.py, run as a user runs it, on real MNIST digits."""
 
+import argparse
 import contextlib
 import csv
 import os
@@ -84,6 +85,24 @@ def test_same_seed_same_run(run_main, few_digits, tmp_path):
     same = [torch.equal(weights[0][key], weights[1][key]) for key in weights[0]]
     other = [torch.equal(weights[0][key], weights[2][key]) for key in weights[0]]
     assert all(same) and not any(other)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(128, 1), (129, 3)])
+def test_small_batches_are_trained_on_one_thread(monkeypatch, batch_size, expected):
+    model, used, threads = main.VAE(), [], torch.get_num_threads()
+    losses = model.losses
+    monkeypatch.setattr(
+        model, "losses", lambda x: used.append(torch.get_num_threads()) or losses(x)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    images = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8)
+    torch.set_num_threads(3)
+    try:
+        args = argparse.Namespace(batch_size=batch_size, beta=1.0)
+        main.train(model, model, optimizer, images, args, 1)
+        assert used == [expected] * 3 and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("recipe", ["elbo", "article"])
