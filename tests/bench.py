@@ -14,9 +14,11 @@ main.py has no use for them, which is for batches of up to 128; else main.py's, 
 import argparse
 import copy
 import platform
+import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,17 +33,23 @@ sys.path.insert(0, str(PROJECT))
 
 import main  # noqa: E402
 
-PEAK = """
-import re, runpy, sys
+WATCHED = """
+import re, runpy, sys, time
 from pathlib import Path
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 def peak():  # of this process alone: the usual ru_maxrss begins with that of the parent
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024
 before = peak()
-sys.argv = sys.argv[1:]
+def first_step(*_):
+    hook.remove()
+    print("first step:", time.time() - start)
+hook = register_optimizer_step_pre_hook(first_step)
+start = float(sys.argv[1])
+sys.argv = sys.argv[2:]
 sys.path.insert(0, sys.argv[0].removesuffix("main.py"))
 runpy.run_path(sys.argv[0], run_name="__main__")
-print(peak() - before)
+print("peak:", peak() - before)
 """
 
 
@@ -164,14 +172,16 @@ def jax_scan(images: torch.Tensor, batch_size: int):
     return epoch
 
 
-def peak_memory(batch_size: int) -> int:
-    """MiB that a run needs beyond `import torch`."""
+def watch_a_run(batch_size: int) -> tuple[str, str]:
+    """Seconds from a run's start to its first step, and MiB that it needs beyond `import torch`."""
     options = ["--epochs", "1", "--no-visdom", "--batch-size", str(batch_size)]
     options += ["--data", str(PROJECT / "data")]
-    command = [sys.executable, "-c", PEAK, str(PROJECT / "main.py"), *options]
-    with main.tempfile.TemporaryDirectory() as folder:
+    start = str(time.time())
+    command = [sys.executable, "-c", WATCHED, start, str(PROJECT / "main.py"), *options]
+    with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    first_step = re.search(r"first step: (\S+)", done.stdout)[1]
+    return f"{float(first_step):.2f}", f"{done.stdout.split()[-1]} MiB"
 
 
 def print_table() -> None:
@@ -187,7 +197,7 @@ def print_table() -> None:
         f"{platform.machine()}, {args.threads} threads, Python {platform.python_version()}, "
         f"torch {torch.__version__}, medians of {args.repeats} epochs"
     )
-    columns = "{:>5}  {:24}{:>8}{:>10}{:>12}{:>13}".format
+    columns = "{:>5}  {:26}{:>8}{:>10}{:>12}{:>13}".format
     print(columns("batch", "loop", "seconds", "images/s", "vs article", "vs products"))
     for batch_size in args.batch_size:
         loops = {"matrix products": matrix_products(images, batch_size)}
@@ -211,11 +221,9 @@ def print_table() -> None:
             slower = f"{time_ / median['matrix products']:.2f} x"
             rate = f"{len(images) / time_:,.0f}"
             print(columns(batch_size, name, f"{time_:.2f}", rate, faster, slower))
-        print(
-            columns(
-                batch_size, "peak memory of main.py", f"{peak_memory(batch_size)} MiB", *[""] * 3
-            )
-        )
+        first_step, peak = watch_a_run(batch_size)
+        print(columns(batch_size, "main.py's first step after", first_step, "", "", ""))
+        print(columns(batch_size, "main.py's peak memory", peak, "", "", ""))
 
 
 if __name__ == "__main__":
