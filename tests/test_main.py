@@ -87,22 +87,52 @@ def test_same_seed_same_run(run_main, few_digits, tmp_path):
     assert all(same) and not any(other)
 
 
-@pytest.mark.parametrize(("batch_size", "expected"), [(128, 1), (129, 3)])
-def test_small_batches_are_trained_on_one_thread(monkeypatch, batch_size, expected):
-    model, used, threads = main.VAE(), [], torch.get_num_threads()
-    losses = model.losses
-    monkeypatch.setattr(
-        model, "losses", lambda x: used.append(torch.get_num_threads()) or losses(x)
-    )
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("slow", "expected"), [(1, 2), (2, 1), ("unequal", 1)])
+def test_training_takes_the_faster_number_of_threads(monkeypatch, three_threads, slow, expected):
+    model, used = main.VAE(), []
+
+    def losses(x):
+        threads = torch.get_num_threads()
+        used.append(threads)
+        time.sleep(0.05 * (threads == slow or (slow == "unequal" and threads == 1)))
+        reconstruction, kld = main.VAE.losses(model, x)
+        return reconstruction * (1 + threads * (slow == "unequal")), kld
+
+    monkeypatch.setattr(model, "losses", losses)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     images = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8)
-    torch.set_num_threads(3)
-    try:
+    torch.manual_seed(1)
+    for batch_size, threads in ((100, expected), (150, 3)):
         args = argparse.Namespace(batch_size=batch_size, beta=1.0)
         main.train(model, model, optimizer, images, args, 1)
-        assert used == [expected] * 3 and torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(threads)
+        assert used[-2:] == [threads] * 2 and torch.get_num_threads() == 3
+
+
+def test_the_trial_of_threads_leaves_no_trace(three_threads):
+    model = main.VAE()
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    main.choose_threads(model, torch.rand(32, 1, 28, 28, generator=torch.Generator()))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_same_run_on_any_number_of_cores(run_main, few_digits, environment, tmp_path):
+    for cores in ("1", "3"):
+        options = ("--epochs", 2, "--data", few_digits, "--no-visdom", "--run", cores)
+        result = run_main(*options, env=environment | {"OMP_NUM_THREADS": cores})
+        assert result.returncode == 0, result.stderr
+    one, three = (load_checkpoint(tmp_path / cores)["model"] for cores in ("1", "3"))
+    assert all(torch.equal(one[key], three[key]) for key in one)
 
 
 @pytest.mark.parametrize("recipe", ["elbo", "article"])
