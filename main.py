@@ -327,8 +327,10 @@ class Dashboard:
     """
 
     PATIENCE = 3  # seconds
+    # Visdom has Tornado watch for changed modules, so that any `pip install` would end the server.
     SERVER = (
-        "import sys; from visdom.server.run_server import start_server; "
+        "import sys; from tornado import autoreload; autoreload.start = lambda *_: None; "
+        "from visdom.server.run_server import start_server; "
         "start_server(int(sys.argv[1]), base_url=sys.argv[2], bind_local=True)"
     )
 
