@@ -438,8 +438,9 @@ class Dashboard:
 
     def send(self) -> None:
         state = self.state
+        version = int(1000 * time.time())  # Visdom 0.3 draws a plot anew only where this changes
         for message, endpoint in self.messages(**state):
-            self.post(endpoint, message).raise_for_status()
+            self.post(endpoint, message | {"version": version}).raise_for_status()
         self.shown = state
 
     def messages(self, images: dict, history: list[dict], kl_per_unit: Tensor) -> Iterator[tuple]:

@@ -262,7 +262,9 @@ def test_six_panes(run_main, few_digits, page, url, kill_later, recipe):
 
 def test_the_page_is_live(start_main, start_visdom, few_digits, page, url):
     start_visdom(url)
-    process = start_main(*SMALL, "--data", few_digits, "--visdom", url)
+    # Epochs slow enough for a browser to see the first 30, while curves still have their points.
+    options = ("--batch-size", 3, "--data", few_digits, "--visdom", url)
+    process = start_main(*SMALL, *options)
     wait_for(lambda: process.stdout.readline().startswith("epoch 1/"))
     page.goto(url)
     page.wait_for_selector(".react-grid-item img")
