@@ -379,9 +379,9 @@ class Dashboard:
                 stderr=log,
                 start_new_session=True,
             )
-            said, wait_until = "", time.monotonic() + 30
+            said, give_up = "", time.monotonic() + 30
             while server.poll() is None and "navigate to" not in said:
-                if time.monotonic() > wait_until:
+                if time.monotonic() > give_up:
                     break
                 time.sleep(0.1)
                 log.seek(0)
@@ -608,19 +608,15 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     data_sets = ("MNIST", "FashionMNIST", "KMNIST")
     devices = ("auto", "cpu", "cuda", "mps")
     server = "http://localhost:8097"
-    count, small, positive = (
-        number(int, 1, 10**9),
-        number(int, 1, PIXELS),
-        number(float, 1e-12, 1000),
-    )
-    weight, seed = number(float, 0, 10**6), number(int, 0, 2**32 - 1)
+    count, units, seed = number(int, 1, 10**9), number(int, 1, PIXELS), number(int, 0, 2**32 - 1)
+    rate, weight = number(float, 1e-12, 1000), number(float, 0, 10**6)
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="elbo", help="mended, or as in the article (elbo)")
     add("--epochs", type=count, default=1000, metavar="N", help="epochs in all (1000)")
     add("--batch-size", type=count, default=32, metavar="N", help="images per step (32)")
-    add("--lr", type=positive, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
+    add("--lr", type=rate, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
     add("--beta", type=weight, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
-    add("--latent-dim", type=small, default=10, metavar="N", help="latent units (10)")
+    add("--latent-dim", type=units, default=10, metavar="N", help="latent units (10)")
     add("--seed", type=seed, default=0, metavar="N", help="same seed, same run on a CPU (0)")
     add("--device", choices=devices, default="auto", help="the best there is (auto)")
     add("--dataset", choices=data_sets, default="MNIST", help="28 x 28 images (MNIST)")
