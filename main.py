@@ -756,8 +756,11 @@ def main() -> None:
     try:
         args, checkpoint = parse_arguments()
         experiment(args, checkpoint)
-    except KeyboardInterrupt as interruption:
-        status = 128 + interruption.args[0]
+    except (KeyboardInterrupt, BrokenPipeError) as end:
+        status = 128 + end.args[0]
+        if isinstance(end, BrokenPipeError):  # nobody reads the output any more: `| head`
+            status = 141  # as of other programs, which SIGPIPE ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not args.run or not Path(args.run, "checkpoint.pt").exists():
             stop("stopped before training began; there is nothing to resume.", status)
         epoch = load_checkpoint(Path(args.run))["epoch"]

@@ -608,6 +608,16 @@ def test_interrupted_in_the_middle_of_a_progress_bar(start_main, mnist, tmp_path
     assert last.startswith("main.py: stopped; epoch 0 is saved.")
 
 
+def test_the_reader_of_the_output_goes_away(start_main, few_digits):
+    """As in `python main.py | head`."""
+    process = start_main(*SHORT, "--epochs", 500, "--data", few_digits)
+    wait_for(lambda: process.stdout.readline().startswith("epoch"))
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert process.wait(60) == 141
+    assert re.fullmatch(r"main\.py: stopped; epoch \d+ is saved\. To go on: .*\n", stderr)
+
+
 def test_full_disk_while_saving(run_main, a_run):
     before = (a_run / "checkpoint.pt").read_bytes()
 
