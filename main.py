@@ -11,6 +11,7 @@ import csv
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -159,25 +160,33 @@ def seed_noise(seed: int, epoch: int) -> None:
     torch.manual_seed((seed * 2654435761 + epoch) % 2**32)
 
 
-def choose_threads(model: VAE, x: Tensor) -> int:
-    """Two threads or one: whichever takes a small batch x through the model faster at this moment.
+def choose_threads(model: VAE, x: Tensor) -> Iterator[None]:
+    """Before each step with a small batch like x: two threads or one, whichever is faster by now.
 
-    In steps so short a second one gains little, and costs much once another program wants its core.
-    A seed must determine a run, so it is one wherever two do not give the same bits; of more than
-    32,768 numbers (41 images), they never reliably do.
+    In steps so short a second one gains little, and costs much while another program wants its
+    core. A seed must determine a run, so it is one wherever two do not give the same bits; of more
+    than 32,768 numbers (41 images), they never reliably do.
     """
-    two, seconds, gradients = min(2, torch.get_num_threads()), {}, {}
+    counts, gradients = (min(2, torch.get_num_threads()), 1), []
     with torch.random.fork_rng(devices=[]):
-        for threads in (two, 1):
+        for threads in counts:
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            loss = sum(model.losses(x))
+            gradients.append(torch.autograd.grad(loss, tuple(model.parameters())))
+    if not all(map(torch.equal, *gradients)):
+        counts = (1,)
+    while True:
+        seconds = {}
+        for threads in counts:
             torch.set_num_threads(threads)
             start = time.perf_counter()
-            for _ in range(10):
-                torch.manual_seed(0)
-                loss = sum(model.losses(x))
-                gradients[threads] = torch.autograd.grad(loss, tuple(model.parameters()))
+            for _step in range(3):
+                yield
             seconds[threads] = time.perf_counter() - start
-    same = all(map(torch.equal, gradients[two], gradients[1]))
-    return two if same and seconds[two] < seconds[1] else 1
+        torch.set_num_threads(min(seconds, key=seconds.get))
+        for _step in range(94):
+            yield
 
 
 def train(
@@ -185,16 +194,19 @@ def train(
 ) -> tuple[float, int]:
     """One epoch. Returns its mean loss, nats per image, and up to which step it was finite."""
     model.train()
-    all_threads = torch.get_num_threads()
+    parameters = list(model.parameters())
+    all_threads, threads = torch.get_num_threads(), itertools.repeat(None)
     if images.device.type == "cpu" and args.batch_size <= 32:
-        torch.set_num_threads(choose_threads(model, images[: args.batch_size] / 255))
+        threads = choose_threads(model, images[: args.batch_size] / 255)
     batches = torch.randperm(len(images), device=images.device).split(args.batch_size)
     losses = torch.empty(len(batches), device=images.device)
     with tqdm(batches, f"epoch {epoch}", leave=False, disable=None) as bar:
         for step, batch in enumerate(bar):
+            next(threads)
             reconstruction, kld = model.losses(images.index_select(0, batch) / 255)
             loss = reconstruction + args.beta * kld
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None  # as optimizer.zero_grad(), which takes 2 % of a step
             loss.backward()
             optimizer.step()
             losses[step] = loss.detach()  # not its value, which would stall a GPU every step

@@ -95,33 +95,41 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("slow", "expected"), [(1, 2), (2, 1), ("unequal", 1)])
-def test_training_takes_the_faster_number_of_threads(monkeypatch, three_threads, slow, expected):
+def test_each_hundred_steps_take_the_faster_number_of_threads(three_threads):
+    used = []
+    steps = main.choose_threads(main.VAE(), torch.rand(32, 1, 28, 28))
+    for slow in (1, 2):
+        for _step, _ in zip(range(100), steps, strict=False):
+            used.append(torch.get_num_threads())
+            time.sleep(0.01 * (used[-1] == slow))
+    trial = [2] * 3 + [1] * 3
+    assert used == trial + [2] * 94 + trial + [1] * 94
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(32, {1, 2}), (33, {3}), ("unequal", {1})])
+def test_training_on_two_threads_or_one(monkeypatch, three_threads, batch_size, expected):
     model, used = main.VAE(), []
+    unequal = batch_size == "unequal"
 
     def losses(x):
-        threads = torch.get_num_threads()
-        used.append(threads)
-        time.sleep(0.05 * (threads == slow or (slow == "unequal" and threads == 1)))
+        used.append(torch.get_num_threads())
         reconstruction, kld = main.VAE.losses(model, x)
-        return reconstruction * (1 + threads * (slow == "unequal")), kld
+        return reconstruction * (1 + used[-1] * unequal), kld
 
     monkeypatch.setattr(model, "losses", losses)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    images = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8)
-    torch.manual_seed(1)
-    for batch_size, threads in ((32, expected), (33, 3)):
-        args = argparse.Namespace(batch_size=batch_size, beta=1.0)
-        main.train(model, model, optimizer, images, args, 1)
-        assert used[-9:] == [threads] * 9 and torch.get_num_threads() == 3
+    images = torch.randint(256, (600, 1, 28, 28), dtype=torch.uint8)
+    args = argparse.Namespace(batch_size=32 if unequal else batch_size, beta=1.0)
+    main.train(model, model, optimizer, images, args, 1)
+    assert set(used[-19:]) == expected and torch.get_num_threads() == 3
 
 
-def test_the_trial_of_threads_leaves_no_trace(three_threads):
+def test_the_comparison_of_threads_leaves_no_trace(three_threads):
     model = main.VAE()
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    main.choose_threads(model, torch.rand(32, 1, 28, 28, generator=torch.Generator()))
+    next(main.choose_threads(model, torch.rand(32, 1, 28, 28, generator=torch.Generator())))
     assert torch.equal(torch.rand(3), expected)
     assert all(parameter.grad is None for parameter in model.parameters())
 
