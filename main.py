@@ -195,9 +195,11 @@ def train(
     """One epoch. Returns its mean loss, nats per image, and up to which step it was finite."""
     model.train()
     parameters = list(model.parameters())
-    all_threads, threads = torch.get_num_threads(), itertools.repeat(None)
+    all_threads = torch.get_num_threads()
     if images.device.type == "cpu" and args.batch_size <= 32:
         threads = choose_threads(model, images[: args.batch_size] / 255)
+    else:
+        threads = itertools.repeat(None)
     batches = torch.randperm(len(images), device=images.device).split(args.batch_size)
     losses = torch.empty(len(batches), device=images.device)
     with tqdm(batches, f"epoch {epoch}", leave=False, disable=None) as bar:
@@ -769,10 +771,11 @@ def main() -> None:
         args, checkpoint = parse_arguments()
         experiment(args, checkpoint)
     except (KeyboardInterrupt, BrokenPipeError) as end:
-        status = 128 + end.args[0]
         if isinstance(end, BrokenPipeError):  # nobody reads the output any more: `| head`
-            status = 141  # as of other programs, which SIGPIPE ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + 13  # as of the programs that SIGPIPE ends
+        else:
+            status = 128 + end.args[0]
         if not args.run or not Path(args.run, "checkpoint.pt").exists():
             stop("stopped before training began; there is nothing to resume.", status)
         epoch = load_checkpoint(Path(args.run))["epoch"]

@@ -101,7 +101,7 @@ def test_each_hundred_steps_take_the_faster_number_of_threads(three_threads):
     for slow in (1, 2):
         for _step, _ in zip(range(100), steps, strict=False):
             used.append(torch.get_num_threads())
-            time.sleep(0.01 * (used[-1] == slow))
+            time.sleep(0.1 * (used[-1] == slow))
     trial = [2] * 3 + [1] * 3
     assert used == trial + [2] * 94 + trial + [1] * 94
 
