@@ -5,6 +5,8 @@
 `VAE` is the model to use. `ArticleVAE` is the same network as one widely copied article writes it;
 the methods it overrides are all that differs. A state dict of either loads into the other.
 
+Everything is in nats per image, but for the kld of `forward`, which the article wants per pixel.
+
 Sources: Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114; Burda, Grosse &
 Salakhutdinov 2016, Importance Weighted Autoencoders, arXiv:1509.00519.
 """
@@ -52,6 +54,12 @@ class VAE(nn.Module):
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
 
+    def draw_pixels(self, x: Tensor) -> Tensor:
+        """x in [0, 1] -> what a training step sees: 0s and 1s, with the grey values as their
+        probabilities (Burda et al., section 5). Override it for a likelihood of grey pixels.
+        """
+        return (torch.rand_like(x) < x).float()
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] in [0, 1] -> mu, sigma, [b, latent_dim] each, sigma > 0."""
         mu, log_sigma = self.encoder(x.flatten(1)).chunk(2, dim=1)
@@ -62,11 +70,8 @@ class VAE(nn.Module):
         return mu + sigma * torch.randn_like(sigma)
 
     def logits(self, z: Tensor) -> Tensor:
-        """z [..., latent_dim] -> the log-odds of each pixel, [..., 784]."""
-        *layers, _sigmoid = self.decoder
-        for layer in layers:
-            z = layer(z)
-        return z
+        """z [b, latent_dim] -> the log-odds of each pixel, [b, 784]."""
+        return self.decoder[:-1](z)
 
     def decode(self, z: Tensor) -> Tensor:
         """z [b, latent_dim] -> x_hat [b, 1, 28, 28] in [0, 1], the mean of p(x|z)."""
@@ -79,32 +84,24 @@ class VAE(nn.Module):
         return x_hat, self.kl(mu, sigma).sum() / x.numel()
 
     def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, 1, 28, 28] -> the two losses that training adds up, scalars per pixel.
+        """x [b, 1, 28, 28] -> reconstruction and KL, which training adds up: the batch's means.
 
-        Their sum is -ELBO / 784, with one draw of z an image (Kingma & Welling eq. 7 and 10).
+        Their sum is -ELBO, with one draw of z an image (Kingma & Welling eq. 7 and 10).
         """
         mu, sigma = self.encode(x)
         logits = self.logits(self.reparameterize(mu, sigma))
-        return self.reconstruction_loss(logits, x), self.kl(mu, sigma).sum() / x.numel()
+        return self.reconstruction(logits, x).mean(), self.kl(mu, sigma).sum(1).mean()
+
+    def reconstruction(self, logits: Tensor, x: Tensor) -> Tensor:
+        """-log p(x|z); logits [b, 784], x [b, 1, 28, 28] -> [b]."""
+        return -log_likelihood(logits, x)
 
     def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """KL(N(mu, sigma²) || N(0, 1)) of each latent unit, nats (Kingma & Welling, appendix B)."""
+        """KL(N(mu, sigma²) || N(0, 1)) of each latent unit (Kingma & Welling, appendix B)."""
         return 0.5 * (mu.square() + sigma.square() - 1) - sigma.log()
 
-    def reconstruction_loss(self, logits: Tensor, x: Tensor) -> Tensor:
-        """-log p(x|z), a scalar in nats per pixel; logits [b, 784], x [b, 1, 28, 28]."""
-        return F.binary_cross_entropy_with_logits(logits, x.flatten(1))
-
-    def log_likelihood(self, logits: Tensor, x: Tensor) -> Tensor:
-        """log p(x|z) of Bernoulli pixels, nats per image; logits [..., b, 784] -> [..., b].
-
-        The same yardstick for every model, whatever it was trained on.
-        """
-        pixels = x.flatten(1).expand_as(logits)
-        return -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(-1)
-
     def importance_weighted_bound(self, x: Tensor, k: int) -> Tensor:
-        """x [b, 1, 28, 28] -> a lower bound on log p(x), nats per image, [b] (Burda et al. eq. 8).
+        """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. eq. 8).
 
         With k = 1 its mean is the ELBO; it rises to log p(x) as k grows. It holds k·b decoded
         images in memory. Any proposal gives a bound: a sigma of 0 is raised to give q a density.
@@ -114,8 +111,18 @@ class VAE(nn.Module):
         eps = torch.randn(k, *mu.shape, dtype=mu.dtype, device=mu.device)
         z = mu + sigma * eps
         log_prior_over_q = (sigma.log() + 0.5 * (eps.square() - z.square())).sum(-1)
-        log_weight = self.log_likelihood(self.logits(z), x) + log_prior_over_q
+        logits = self.logits(z.flatten(0, 1)).unflatten(0, (k, -1))
+        log_weight = log_likelihood(logits, x) + log_prior_over_q
         return log_weight.logsumexp(0) - math.log(k)
+
+
+def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
+    """log p(x|z) of Bernoulli pixels; logits [..., b, 784], x [b, 1, 28, 28] -> [..., b].
+
+    The yardstick for every model, whatever it was trained on.
+    """
+    pixels = x.flatten(1).expand_as(logits)
+    return -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(-1)
 
 
 class ArticleVAE(VAE):
@@ -134,15 +141,19 @@ class ArticleVAE(VAE):
     def initialize(self) -> None:
         """PyTorch's default, as in the article."""
 
+    def draw_pixels(self, x: Tensor) -> Tensor:
+        """The grey values themselves, as in the article."""
+        return x
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] in [0, 1] -> mu, sigma, [b, latent_dim] each, neither negative."""
         mu, sigma = self.encoder(x.flatten(1)).chunk(2, dim=1)
         return mu, sigma
 
+    def reconstruction(self, logits: Tensor, x: Tensor) -> Tensor:
+        """Squared error, [b]: -log p(x|z) of N(x_hat, 1/2), less a constant."""
+        return (logits.sigmoid() - x.flatten(1)).square().sum(1)
+
     def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
         """As in `VAE`, but finite (9.2 nats) at sigma = 0."""
         return 0.5 * (mu.square() + sigma.square() - torch.log(1e-8 + sigma.square()) - 1)
-
-    def reconstruction_loss(self, logits: Tensor, x: Tensor) -> Tensor:
-        """Mean squared error per pixel: -log p(x|z) of N(x_hat, 1/2), less a constant."""
-        return F.mse_loss(logits.sigmoid(), x.flatten(1))
