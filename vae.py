@@ -132,6 +132,8 @@ class ArticleVAE(VAE):
        gradient, so that unit is dead. The KL needs its 1e-8 only because of that.
     2. Mean squared error beside a unit-weight KL is a Gaussian likelihood with variance 1/2, far
        too weak for pixels in [0, 1]: ignoring z costs less than using it.
+
+    Its pixels are not drawn, either, as it has no Bernoulli likelihood.
     """
 
     def __init__(self, latent_dim: int = 10):

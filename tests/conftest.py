@@ -1,7 +1,9 @@
 """Real MNIST for the tests, fetched once by main.py itself, and main.py run as a user runs it."""
 
 import os
+import re
 import shlex
+import signal
 import struct
 import subprocess
 import sys
@@ -37,59 +39,71 @@ def mnist() -> Path:
 def few_digits(mnist, tmp_path_factory) -> Path:
     """A --data folder with the first 2,000 training and 500 test digits of MNIST."""
     folder = tmp_path_factory.mktemp("few_digits")
-    write_digits(mnist, folder, 2000, 500)
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in main.IDX_FILES:
+        content = (mnist / "MNIST" / "raw" / name).read_bytes()
+        count = 2000 if name.startswith("train") else 500
+        header, size = (16, 784) if "images" in name else (8, 1)
+        few = content[:4] + struct.pack(">I", count) + content[8 : header + count * size]
+        (raw / name).write_bytes(few)
     return folder
 
 
-def write_digits(source: Path, folder: Path, train: int, test: int) -> Path:
-    """Copy the first digits of a --data folder into another, as idx files. Returns theirs."""
-    (folder / "MNIST" / "raw").mkdir(parents=True)
-    for name in main.IDX_FILES:
-        content = (source / "MNIST" / "raw" / name).read_bytes()
-        count = train if name.startswith("train") else test
-        header, size = (16, 784) if "images" in name else (8, 1)
-        few = content[:4] + struct.pack(">I", count) + content[8 : header + count * size]
-        (folder / "MNIST" / "raw" / name).write_bytes(few)
-    return folder / "MNIST" / "raw"
+@pytest.fixture
+def environment(tmp_path, monkeypatch) -> dict[str, str]:
+    """An empty folder to work in, and a user with an empty home on whose machine nothing is set."""
+    for name in os.environ:
+        if name.startswith(("VISDOM_", "OMP_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("CI", "")
+    monkeypatch.chdir(tmp_path)
+    return dict(os.environ)
 
 
 @pytest.fixture
-def environment(tmp_path) -> dict[str, str]:
-    """The environment of a user with an empty home, on whose machine nothing is set up."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("VISDOM_")}
-    return kept | {"HOME": str(tmp_path / "home"), "CI": ""}
-
-
-@pytest.fixture
-def unreachable(environment):
+def unreachable(environment, monkeypatch) -> dict[str, str]:
     """The environment of a machine that reaches no mirror and has no npm."""
-    dead = "http://127.0.0.1:9"
-    proxies = {"http_proxy": dead, "https_proxy": dead, "no_proxy": "", "NO_PROXY": ""}
-    return environment | proxies | {"PATH": "/nowhere"}
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("PATH", "/nowhere")
+    return dict(os.environ)
 
 
 @pytest.fixture
-def run_main(environment, tmp_path):
-    """Runs `python main.py OPTIONS` in an empty folder and returns the finished process."""
+def run_main(environment, capsys):
+    """Runs main.main(OPTIONS) in this process and returns what a process would have."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
-    def run(*options, **settings) -> subprocess.CompletedProcess:
-        settings = {"cwd": tmp_path, "env": environment, "timeout": 600} | settings
-        command = [sys.executable, PROJECT / "main.py", *map(str, options)]
-        return subprocess.run(command, capture_output=True, text=True, **settings)
+    def run(*options) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        arguments, status = [str(option) for option in options], 0
+        try:
+            main.main(arguments)
+        except SystemExit as ended:
+            status = ended.code
+            if isinstance(status, str):  # which Python prints, with status 1
+                print(status, file=sys.stderr)
+                status = 1
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        return subprocess.CompletedProcess(arguments, status or 0, *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture
 def start_main(environment, tmp_path):
-    """Starts main.py as `run_main` does, does not wait, and leaves nothing behind."""
+    """Starts `python main.py OPTIONS` as a process, does not wait, and leaves nothing behind."""
     processes = []
 
-    def start(*options, **settings) -> subprocess.Popen:
-        settings = {"cwd": tmp_path, "env": environment, "text": True} | settings
-        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | settings
-        command = [sys.executable, PROJECT / "main.py", *map(str, options)]
-        processes.append(subprocess.Popen(command, **settings))
+    def start(*options, script=PROJECT / "main.py", **settings) -> subprocess.Popen:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, script, *map(str, options)]
+        processes.append(subprocess.Popen(command, **pipes | {"env": environment} | settings))
         return processes[-1]
 
     yield start
@@ -98,7 +112,17 @@ def start_main(environment, tmp_path):
         process.wait()
 
 
-def wait_for(condition, seconds: float = 60):
+def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def trained(process: subprocess.Popen, epoch: int = 1) -> bool:
+    """Reads a line of the process's table. Has it come to this epoch?"""
+    return process.stdout.readline().split()[:1] == [str(epoch)]
+
+
+def wait_for(condition, seconds: float = 300):
     """Polls until the condition holds, and returns what it returned."""
     deadline = time.monotonic() + seconds
     while not (held := condition()):
@@ -115,12 +139,27 @@ def fake_npm(folder: Path, script: str) -> str:
     return f"{folder}:/usr/bin:/bin"
 
 
+OUTSIDE = dict(os.environ)
+
+
 def npm_with_a_way_out(folder: Path) -> str:
     """A PATH with the real npm in the real environment, whatever else is unreachable."""
-    own = ("HOME", "PATH", "http_proxy", "https_proxy", "no_proxy", "NO_PROXY")
-    way_out = "".join(f"export {name}={shlex.quote(os.environ.get(name, ''))}; " for name in own)
+    own = ("HOME", "PATH", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "no_proxy")
+    way_out = "".join(f"export {name}={shlex.quote(OUTSIDE.get(name, ''))}; " for name in own)
     return fake_npm(folder, way_out + 'exec npm "$@"')
 
 
 def load_checkpoint(run: Path) -> dict:
     return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def readme_changes() -> dict[str, tuple[str, str, str]]:
+    """The changes that the README shows: name -> file, the lines it has, the lines to be there."""
+    item = re.compile(r"^- \*\*(.*?)\*\*.*?`(\w+\.py)`.*?```diff\n(.*?)  ```", re.S | re.M)
+    changes = {}
+    for name, file, diff in item.findall((PROJECT / "README.md").read_text()):
+        lines = [line[2:] for line in diff.splitlines()]
+        before = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
+        after = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+        changes[name] = file, before, after
+    return changes

@@ -1,16 +1,15 @@
-"""The figures and the picture of the README: `python tests/results.py` (an hour or so, 2 cores).
+"""The figures and the picture of the README: `python tests/results.py` (hours; go on at any time).
 
-Trains both recipes with three seeds, and the steps from the one to the other, for 50 epochs; each
-is a run of main.py in runs/results/, which is not repeated, so the work can be split among
-processes and go on after an interruption. Then prints the table and writes .github/recipes.png.
-`--only RECIPE-SEED ...` trains just those.
+Trains both recipes with three seeds for 50 epochs, seed 0 on to 1000, and with seed 0 the steps
+from the one recipe to the other; all in runs/results/. What is there already is not repeated, so
+the work can be split among processes and go on after an interruption. Then prints the tables and
+writes .github/recipes.png. `--only RECIPE-SEED ...` trains just those; `--epochs 50` stops there.
 """
 
 import argparse
-import csv
-import re
+import copy
+import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,35 +26,79 @@ import main  # noqa: E402
 from vae import VAE, ArticleVAE  # noqa: E402
 
 RUNS = PROJECT / "runs" / "results"
-EPOCHS = 50
-SEEDS = {"article": (0, 1, 2), "elbo": (0, 1, 2)}  # the steps between them have seed 0 alone
+STAGES = (3, 10, 50, 200, 1000)
+SEEDS = (0, 1, 2)
+
+
+class LinearHeads(VAE):
+    """The article with the heads mended alone."""
+
+    initialize = ArticleVAE.initialize
+    draw_pixels = ArticleVAE.draw_pixels
+    reconstruction = ArticleVAE.reconstruction
 
 
 class Bernoulli(ArticleVAE):
     """The article with the likelihood mended alone."""
 
-    reconstruction_loss = VAE.reconstruction_loss
+    reconstruction = VAE.reconstruction
 
 
-class Both(VAE):
-    """The article with heads and likelihood mended; PyTorch's initialisation, no average."""
+class Both(LinearHeads):
+    """The article with heads and likelihood mended."""
 
-    initialize = ArticleVAE.initialize
-
-
-class LinearHeads(Both):
-    """The article with the heads mended alone."""
-
-    reconstruction_loss = ArticleVAE.reconstruction_loss
+    reconstruction = VAE.reconstruction
 
 
+class Grey(VAE):
+    """The mended recipe, but for the drawing of pixels."""
+
+    draw_pixels = ArticleVAE.draw_pixels
+
+
+# The steps between the recipes: name -> model, whether its weights are averaged, learning rate.
 STEPS = {
-    "article": ArticleVAE,
-    "linear-heads": LinearHeads,
-    "bernoulli": Bernoulli,
-    "both": Both,
-    "elbo": VAE,  # the only one whose weights main.py averages
+    "linear-heads": (LinearHeads, False, lambda epoch: 1e-3),
+    "bernoulli": (Bernoulli, False, lambda epoch: 1e-3),
+    "both": (Both, False, lambda epoch: 1e-3),
+    "grey-slow": (Grey, True, lambda epoch: 1e-3),
+    "grey": (Grey, True, lambda epoch: 1e-3 * min(2, max(1, (20 / epoch) ** 0.5))),
 }
+MODELS = main.RECIPES | {name: step[0] for name, step in STEPS.items()}
+
+
+def train(name: str, last: int) -> None:
+    recipe, _, seed = name.rpartition("-")
+    folder = RUNS / name
+    if recipe in STEPS:
+        return train_step(recipe, int(seed), folder)
+    for stage in STAGES if seed == "0" else (50,):
+        if stage <= last and not (RUNS / f"{name}.{stage}.pt").exists():
+            begin = ["--recipe", recipe, "--seed", seed, "--run", str(folder), "--no-visdom"]
+            begun = (folder / "checkpoint.pt").exists()
+            where = ["--epochs", str(stage), "--data", str(PROJECT / "data")]
+            main.main([*(["--resume", str(folder)] if begun else begin), *where])
+            shutil.copy(folder / "checkpoint.pt", RUNS / f"{name}.{stage}.pt")
+
+
+def train_step(step: str, seed: int, folder: Path) -> None:
+    """50 epochs as main.py trains them, but for what the step does otherwise."""
+    if (RUNS / f"{folder.name}.50.pt").exists():
+        return
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(1)
+    images, _ = main.load_images("MNIST", PROJECT / "data")
+    model_class, averaged, rate = STEPS[step]
+    main.seed_noise(seed, 0)
+    model = model_class()
+    average = copy.deepcopy(model) if averaged else model
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    for epoch in range(1, 51):
+        main.seed_noise(seed, epoch)
+        optimizer.param_groups[0]["lr"] = rate(epoch)
+        loss = main.train(model, average, optimizer, images, 32, 1.0, epoch)
+        print(step, epoch, f"{loss:.2f}", flush=True)
+    torch.save({"average": average.state_dict()}, RUNS / f"{folder.name}.50.pt")
 
 
 class Classifier(nn.Sequential):
@@ -78,7 +121,7 @@ class Classifier(nn.Sequential):
     def share_read_as(self, labels, images) -> float:
         self.eval()
         read = torch.cat([self(x).argmax(1) for x in images.split(1000)])
-        return (read == labels).float().mean().item()
+        return 100 * (read == labels).float().mean().item()
 
 
 def train_classifier(images, labels) -> Classifier:
@@ -89,102 +132,109 @@ def train_classifier(images, labels) -> Classifier:
         classifier.train()
         for batch in torch.randperm(len(images)).split(100):
             optimizer.zero_grad()
-            F.cross_entropy(classifier(images[batch]), labels[batch]).backward()
+            F.cross_entropy(classifier(images[batch] / 255), labels[batch]).backward()
             optimizer.step()
     return classifier
 
 
-def train(name: str) -> None:
-    """A run of main.py, which knows the steps as recipes here; goes on where it was stopped."""
-    recipe, _, seed = name.rpartition("-")
-    run = RUNS / name
-    where = ["--data", str(PROJECT / "data"), "--no-visdom"]
-    if (run / "checkpoint.pt").exists():
-        sys.argv = ["main.py", "--resume", str(run), *where]
-    else:
-        options = ["--recipe", recipe, "--seed", seed, "--epochs", str(EPOCHS), "--run", str(run)]
-        sys.argv = ["main.py", *options, *where]
-    main.main()
-
-
-def measure(name: str, classifier: Classifier, images, labels) -> tuple[dict, torch.Tensor]:
-    """The figures of a finished run, and its reconstructions of the test digits."""
-    checkpoint = torch.load(RUNS / name / "checkpoint.pt", weights_only=True)
-    model = STEPS[name.rpartition("-")[0]]()
+def load(name: str, epochs: int) -> VAE:
+    model = MODELS[name.rpartition("-")[0]]()
+    checkpoint = torch.load(RUNS / f"{name}.{epochs}.pt", weights_only=True)
     model.load_state_dict(checkpoint["average"])
-    with open(RUNS / name / "metrics.csv") as file:
-        last = {key: float(value) for key, value in list(csv.DictReader(file))[-1].items()}
-    assert last["epoch"] == EPOCHS
-    torch.manual_seed(0)
-    with torch.no_grad():
-        x_hat = model.eval()(images)[0]
-    log = (RUNS / f"{name}.log").read_text()
-    figures = {
-        "-ELBO": last["bce"] + last["kl"],
-        "bce": last["bce"],
-        "kl": last["kl"],
-        "log p(x) >=": float(re.findall(r"log p\(x\) >= (\S+)", log)[-1]),
-        "MSE": last["mse"],
-        "active units": last["active_units"],
-        "digits kept, %": 100 * classifier.share_read_as(labels, x_hat),
+    return model.eval()
+
+
+@torch.no_grad()
+def measure(model: VAE, classifier: Classifier, x, labels) -> dict[str, float]:
+    """The figures of a model on the test digits x, with the noise that main.py measures with."""
+    main.seed_noise(0, 0)
+    measures, _ = main.evaluate(model, x, 1.0)
+    mu, sigma = model.encode(x)
+    z = model.reparameterize(mu, sigma)
+    main.seed_noise(0, 0)
+    bound = main.mean_bound(model, x)
+    main.seed_noise(0, 0)
+    b = (torch.rand_like(x) < x).float()  # binarised once
+    binarised, _ = main.evaluate(model, b, 1.0)
+    return {
+        "-ELBO": measures["bce"] + measures["kl"],
+        "bce": measures["bce"],
+        "KL": measures["kl"],
+        "log p(x) >=": bound,
+        "MSE": measures["mse"],
+        "active units": measures["active_units"],
+        "kept, z, %": classifier.share_read_as(labels, model.decode(z)),
+        "kept, mu, %": classifier.share_read_as(labels, model.decode(mu)),
+        "-ELBO, binarised": binarised["bce"] + binarised["kl"],
     }
-    return figures, x_hat
 
 
-def report() -> None:
+@torch.no_grad()
+def binarised_bounds(model: VAE, x) -> dict[str, float]:
+    """log p(b) >=, nats per image, on test digits that are binarised once."""
+    bounds = {}
+    for k in (100, 500):
+        main.seed_noise(0, 0)
+        b = (torch.rand_like(x) < x).float()
+        bounds[f"log p(b) >=, k = {k}"] = main.mean_bound(model, b, k)
+    return bounds
+
+
+def row(name: str, measured: list[dict[str, float]]) -> str:
+    cells = [name]
+    for key in measured[0]:
+        values = [figures[key] for figures in measured]
+        digits = 4 if key == "MSE" else 1 if "%" in key or "units" in key else 2
+        cells.append(f"{statistics.mean(values):.{digits}f}")
+        if len(values) > 1:
+            cells[-1] += f" ± {statistics.stdev(values):.{digits}f}"
+    return " | ".join(cells)
+
+
+def report(last: int) -> None:
     torch.set_flush_denormal(True)
-    images, test_images = (part / 255 for part in main.load_images("MNIST", PROJECT / "data"))
+    images, test_images = main.load_images("MNIST", PROJECT / "data")
     labels, test_labels = (
         datasets.MNIST(PROJECT / "data", train=part).targets for part in (True, False)
     )
-    classifier = train_classifier(images, labels)
-    accuracy = classifier.share_read_as(test_labels, test_images)
-    print(f"the classifier reads {accuracy:.2%} of the test digits themselves")
-    assert accuracy >= 0.98
-    rows = [test_images[:16]]
-    for recipe in STEPS:
-        measured = [
-            measure(f"{recipe}-{seed}", classifier, test_images, test_labels)
-            for seed in SEEDS.get(recipe, (0,))
-        ]
-        cells = [recipe]
-        for key in measured[0][0]:
-            values = [figures[key] for figures, _ in measured]
-            digits = 4 if key == "MSE" else 1
-            cells.append(f"{statistics.mean(values):.{digits}f}")
-            if len(values) > 1:
-                cells[-1] += f" ± {statistics.stdev(values):.{digits}f}"
+    x, classifier = test_images / 255, train_classifier(images, labels)
+    accuracy = classifier.share_read_as(test_labels, x)
+    print(f"the classifier reads {accuracy:.2f} % of the test digits themselves")
+    assert accuracy >= 98
+
+    def figures(name: str, epochs: int) -> dict[str, float]:
+        return measure(load(name, epochs), classifier, x, test_labels)
+
+    print("\nAfter 50 epochs (± over the seeds):")
+    for recipe in ("article", *STEPS, "elbo"):
+        seeds = (0,) if recipe in STEPS else SEEDS
+        measured = [figures(f"{recipe}-{seed}", 50) for seed in seeds]
         if recipe == "article":
-            print(" | ".join(["recipe", *measured[0][0]]))
-        print(" | ".join(cells))
-        if recipe in main.RECIPES:
-            rows.append(measured[0][1][:16])
-    picture = PROJECT / ".github" / "recipes.png"
-    picture.parent.mkdir(exist_ok=True)
+            print(" | ".join(["recipe", *measured[0]]))
+        print(row(recipe, measured), flush=True)
+    print("\nOver the epochs, seed 0:")
+    for recipe in main.RECIPES:
+        for stage in (stage for stage in STAGES if stage <= last):
+            print(row(f"{recipe}, {stage}", [figures(f"{recipe}-0", stage)]), flush=True)
+    bounds = binarised_bounds(load("elbo-0", last), x)
+    print(f"\nelbo-0 after {last} epochs:", bounds)
+    rows = [x[:16]]
+    for recipe in ("article", "elbo"):
+        main.seed_noise(0, 0)
+        with torch.no_grad():
+            rows.append(load(f"{recipe}-0", 50)(x)[0][:16])
     large = torch.cat(rows).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    save_image(large, picture, nrow=16, padding=4, pad_value=1.0)
-
-
-def results() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", help="train just these, as RECIPE-SEED")
-    parser.add_argument("--train", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.train:
-        main.RECIPES.update(STEPS)
-        return train(args.train)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    names = [f"{recipe}-{seed}" for recipe in STEPS for seed in SEEDS.get(recipe, (0,))]
-    for name in args.only or names:
-        log = RUNS / f"{name}.log"
-        if not log.exists() or "log p(x)" not in log.read_text():
-            print("training", name, flush=True)
-            with open(log, "a") as file:
-                command = [sys.executable, __file__, "--train", name]
-                subprocess.run(command, stdout=file, check=True)
-    if not args.only:
-        report()
+    save_image(large, PROJECT / ".github" / "recipes.png", nrow=16, padding=4, pad_value=1.0)
 
 
 if __name__ == "__main__":
-    results()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", help="train just these, as RECIPE-SEED")
+    parser.add_argument("--epochs", type=int, choices=STAGES, default=1000)
+    args = parser.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    names = [f"{recipe}-{seed}" for recipe in main.RECIPES for seed in SEEDS]
+    for name in args.only or [*names, *(f"{step}-0" for step in STEPS)]:
+        train(name, args.epochs)
+    if not args.only:
+        report(args.epochs)
