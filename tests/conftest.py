@@ -18,6 +18,8 @@ sys.path.insert(0, str(PROJECT))
 
 import main  # noqa: E402
 
+torch.set_num_threads(1)  # as main.py does: two wait for each other while other programs run
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):

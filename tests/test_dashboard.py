@@ -4,9 +4,11 @@ Chromium is taken from the PATH, else playwright's own (`playwright install chro
 """
 
 import base64
+import contextlib
 import http.server
 import io
 import os
+import random
 import re
 import shlex
 import shutil
@@ -66,9 +68,11 @@ def page(browser):
 
 @pytest.fixture
 def url() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://localhost:{free.getsockname()[1]}"
+    """Of a free port, below those that the system gives to outgoing connections."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", random.randrange(20_000, 30_000)))
+            return f"http://localhost:{free.getsockname()[1]}"
 
 
 def port(url: str) -> int:
@@ -86,10 +90,8 @@ def kill_later():
 
     yield remember
     for pid in pids:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 @pytest.fixture
@@ -103,7 +105,8 @@ def start_visdom(environment):
         command = [sys.executable, "-c", code, "-port", str(port(url))]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         processes.append(subprocess.Popen(command, env=environment, **quiet))
-        wait_for(lambda: answers(url))
+        wait_for(lambda: answers(url) or processes[-1].poll() is not None)
+        assert processes[-1].poll() is None, "Visdom's server has ended"
         return processes[-1]
 
     yield start
