@@ -57,9 +57,8 @@ def page(browser):
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
     page.on(
         "console",
-        lambda message: (
-            message.type == "error"
-            and page.complaints.append(f"{message.text} {message.location['url']}")
+        lambda said: (
+            said.type == "error" and page.complaints.append(f"{said.text} {said.location['url']}")
         ),
     )
     yield page
@@ -237,19 +236,20 @@ def test_scripts_that_cannot_be_had_cost_one_line(
 
 
 @pytest.mark.parametrize("recipe", ["elbo", "article"])
-def test_six_panes_and_then_those_of_the_next_run(
+def test_six_panes_of_a_finished_run_and_then_those_of_the_next(
     run_main, start_main, few_digits, mnist, page, url, kill_later, recipe
 ):
-    options = ("--recipe", recipe, "--data", few_digits, "--visdom", url)
-    result = run_main(*SMALL, "--epochs", 5, *options)
+    options = ("--recipe", recipe, "--data", few_digits, "--epochs", 5, "--no-visdom")
+    assert run_main(*SMALL, *options).returncode == 0
+    result = run_main("--resume", "run", "--visdom", url)
     assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert "Nothing is left to train" in result.stdout
     kill_later(result.stdout)
     assert_whole(page, url, 5)
     _, test_images = main.load_images("MNIST", few_digits)
     first = picture(page, "x")[4:32, 4:32]
     assert np.abs(first - test_images[0, 0].numpy() / 255).max() < 0.01
-    second = ("--data", mnist, "--batch-size", 1, "--run", "second", "--visdom", url)
-    start_main(*second)
+    start_main("--data", mnist, "--batch-size", 1, "--run", "second", "--visdom", url)
     see(page, lambda: pane(page, "loss").get_by_text("The first epoch is under way").count())
     text = page.locator("body").inner_text()
     assert "loss, nats per image · second" in text and "x_hat, epoch 0" in text
@@ -297,15 +297,6 @@ def test_a_seventh_window_as_the_readme_says(
     kill_later(result.stdout)
     page.goto(url)
     see(page, lambda: page.locator(".react-grid-item").count() == 7)
-
-
-def test_a_finished_run_is_shown_again(run_main, few_digits, page, url, kill_later):
-    result = run_main(*SMALL, "--no-visdom", "--epochs", 2, "--data", few_digits)
-    assert result.returncode == 0
-    result = run_main("--resume", "run", "--visdom", url)
-    assert result.returncode == 0 and "Nothing is left to train" in result.stdout
-    kill_later(result.stdout)
-    assert_whole(page, url, 2)
 
 
 # -------------------------------------------------------------- servers: ours and other people's
@@ -400,34 +391,19 @@ def test_an_absent_remote_server_costs_one_line(run_main, few_digits, url):
     assert "does not answer" in line and remote in line
 
 
-def greet(listener: socket.socket) -> None:
-    """Like a mail or ssh server: speaks first, and not HTTP."""
-    try:
-        while True:
-            connection, _ = listener.accept()
-            connection.sendall(b"220 hello\r\n")
-            connection.close()
-    except OSError:
-        pass
-
-
-@pytest.mark.parametrize("what", ["web server", "mail server", "silence", "wrong path"])
-def test_something_else_at_the_address(
-    run_main, start_visdom, few_digits, url, tmp_path, what, monkeypatch
-):
-    options = ("--epochs", 1, "--data", few_digits, "--visdom", url)
+@pytest.mark.parametrize("what", ["web server", "silence", "wrong path"])
+def test_something_else_at_the_address(run_main, start_visdom, few_digits, url, tmp_path, what):
+    options = (*SMALL, "--epochs", 1, "--data", few_digits, "--visdom")
     if what == "wrong path":
         start_visdom(url)
-        result = run_main(*SMALL, *options[:-1], f"{url}/elsewhere")
+        result = run_main(*options, f"{url}/elsewhere")
     elif what == "web server":
         with serve(url, http.server.SimpleHTTPRequestHandler) as server:
-            result = run_main(*SMALL, *options)
+            result = run_main(*options, url)
             server.shutdown()
     else:
-        with socket.create_server(("127.0.0.1", port(url))) as listener:
-            if what == "mail server":
-                threading.Thread(target=greet, args=(listener,), daemon=True).start()
-            result = run_main(*SMALL, *options)
+        with socket.create_server(("127.0.0.1", port(url))):
+            result = run_main(*options, url)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()[-1:]
     assert url in line and "--visdom" in line

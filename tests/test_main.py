@@ -12,23 +12,16 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    PROJECT,
-    fake_npm,
-    finished,
-    load_checkpoint,
-    npm_with_a_way_out,
-    readme_changes,
-    trained,
-    wait_for,
-)
+from conftest import PROJECT, fake_npm, finished, load_checkpoint, npm_with_a_way_out, wait_for
 from PIL import Image
 from torch import nn
 
@@ -128,16 +121,12 @@ def test_one_thread_unless_the_user_wants_more(run_main, few_digits, monkeypatch
 
 
 def test_averages_hold_about_the_last_tenth_of_the_training():
-    """Each update's weight in the end, by polynomial decay: of 1,000, most lies in the last 100."""
+    """By polynomial decay: of 1,000 updates, those of the last 200 weigh 90 %."""
     model, average = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    weights = []
-    for update in (0, 500, 850, 950, 999):
-        for now in range(1000):
-            nn.init.constant_(model.weight, float(now == update))
-            main.update_average(average, model, now)
-        weights.append(average.weight.item())
-    assert weights[0] < 1e-6 and weights == sorted(weights)
-    assert weights[4] == pytest.approx(10 / 1009) and weights[2] < weights[4] / 4
+    for update in range(1000):
+        nn.init.constant_(model.weight, float(update >= 800))
+        main.update_average(average, model, update)
+    assert 0.85 < average.weight.item() < 0.95
 
 
 def test_averages_include_buffers():
@@ -164,14 +153,14 @@ def test_run_folder_holds_what_the_readme_says(run_main, few_digits, tmp_path, r
     assert load_checkpoint(run)["options"]["recipe"] == recipe
 
 
-@pytest.mark.parametrize("options", [("--latent-dim", 1), ("--batch-size", 3000), ("--beta", 0)])
-def test_unusual_options_work(run_main, few_digits, options):
-    result = run_main(*SHORT, "--epochs", 1, "--data", few_digits, *options)
+@pytest.mark.parametrize("option", "--latent-dim=1 --batch-size=3000 --beta=0".split())
+def test_unusual_options_work(run_main, few_digits, option):
+    result = run_main(*SHORT, "--epochs", 1, "--data", few_digits, option)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("dataset", ["FashionMNIST", "KMNIST"])
-def test_other_data_sets_are_read_from_their_folders(run_main, few_digits, tmp_path, dataset):
+def test_data_on_disk_needs_no_network(unreachable, run_main, few_digits, tmp_path, dataset):
     shutil.copytree(few_digits / "MNIST", tmp_path / "data" / dataset)
     result = run_main(*SHORT, "--epochs", 1, "--dataset", dataset)
     assert result.returncode == 0, result.stderr
@@ -197,11 +186,11 @@ def test_using_the_model_as_the_readme_says(start_main, run_main, few_digits, tm
         assert picture.size[0] > 200 and picture.size[1] > 100
 
 
-@pytest.mark.parametrize("name", readme_changes())
+@pytest.mark.parametrize("name", conftest.readme_changes())
 def test_each_change_of_the_readme_is_one_edit_that_works(start_main, few_digits, tmp_path, name):
     for file in ("main.py", "vae.py"):
         shutil.copy(PROJECT / file, tmp_path)
-    file, before, after = readme_changes()[name]
+    file, before, after = conftest.readme_changes()[name]
     text = (tmp_path / file).read_text()
     assert text.count(before) == 1
     (tmp_path / file).write_text(text.replace(before, after))
@@ -232,37 +221,20 @@ def test_help_fits_a_screen_and_says_every_default(run_main, monkeypatch):
         assert f"({default})" in result.stdout, default
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        *(("--epochs", value) for value in ("0", "-3", "1.5")),
-        ("--batch-size", "0"),
-        *(("--lr", value) for value in ("0", "-1", "nan", "inf")),
-        *(("--beta", value) for value in ("-1", "inf")),
-        ("--latent-dim", "0"),
-        ("--seed", "-1"),
-        ("--recipe", "none"),
-        ("--dataset", "CIFAR10"),
-        ("--device", "abacus"),
-        ("--device", "mps" if torch.cuda.is_available() else "cuda"),
-        *(("--visdom", url) for url in ("localhost:8097", "http://", "http://localhost:port")),
-        ("--visdom", "http://localhost:80970"),
-        ("--resume", "nowhere"),
-        ("--speed", "11"),
-    ],
-    ids="=".join,
-)
-def test_bad_options_are_refused(run_main, few_digits, tmp_path, options):
-    assert_told(run_main("--epochs", 1, "--data", few_digits, *options), options[0])
+BAD = "--epochs=0 --epochs=-3 --epochs=1.5 --batch-size=0 --lr=0 --lr=nan --lr=inf --beta=-1"
+BAD += " --beta=inf --latent-dim=0 --seed=-1 --recipe=none --dataset=CIFAR10 --device=abacus"
+BAD += " --resume=nowhere --speed=11 --visdom=localhost:8097 --visdom=http://localhost:port"
+BAD += " --device=mps" if torch.cuda.is_available() else " --device=cuda"
+
+
+@pytest.mark.parametrize("option", BAD.split())
+def test_bad_options_are_refused(run_main, few_digits, tmp_path, option):
+    result = run_main("--epochs", 1, "--data", few_digits, option)
+    assert_told(result, option.partition("=")[0])
     assert not (tmp_path / "runs").exists()
 
 
 # ------------------------------------------------------------------------------- the data
-
-
-def test_data_on_disk_needs_no_network(unreachable, run_main, few_digits):
-    result = run_main(*SHORT, "--epochs", 1, "--data", few_digits)
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "KMNIST"])
@@ -340,31 +312,38 @@ def assert_same_state(run: Path, reference: Path) -> None:
         assert (run / picture).read_bytes() == (reference / picture).read_bytes()
 
 
-@pytest.fixture
-def a_run(run_main, few_digits, tmp_path) -> Path:
+@pytest.fixture(scope="session")
+def one_epoch(few_digits, tmp_path_factory) -> Path:
     """The folder of a finished run of one epoch."""
-    options = ("--epochs", 1, "--data", few_digits, "--run", "run")
-    assert run_main(*SHORT, *options).returncode == 0
-    return tmp_path / "run"
+    run = tmp_path_factory.mktemp("one_epoch") / "run"
+    options = (*SHORT, "--epochs", 1, "--data", few_digits, "--run", run)
+    subprocess.run([sys.executable, main.__file__, *map(str, options)], check=True)
+    return run
 
 
-def test_killed_twenty_times(run_main, few_digits, tmp_path):
+@pytest.fixture
+def a_run(one_epoch, tmp_path) -> Path:
+    """A copy of it, in the folder where `run_main` runs."""
+    return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+def test_killed_twenty_times(run_main, few_digits, tmp_path, monkeypatch):
     """Half of the kills at random moments of the training, half inside the checkpoint's write."""
     options = (*SHORT, "--epochs", 60, "--data", str(few_digits))
     reference = run_main(*options, "--run", "reference")
     assert reference.returncode == 0, reference.stderr
     run, chance, inside = tmp_path / "run", random.Random(0), 0
     partial = run / "checkpoint.pt.partial"
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     processes = multiprocessing.get_context("forkserver")  # its children are born with PyTorch
     processes.set_forkserver_preload(["main"])
     for kill in range(20):
         saved = (run / "checkpoint.pt").exists()
         arguments = ["--resume", "run"] if saved else [*map(str, options), "--run", "run"]
         process = processes.Process(target=main.main, args=(arguments,))
+        rows = len(metrics(run)) if saved else 0
         process.start()
-        wait_for(lambda: (run / "checkpoint.pt").exists() or process.exitcode is not None)  # noqa: B023
-        done = load_checkpoint(run)["history"]
-        wait_for(lambda: len(load_checkpoint(run)["history"]) > len(done))  # noqa: B023
+        wait_for(lambda: (run / "metrics.csv").exists() and len(metrics(run)) > rows)  # noqa: B023
         time.sleep(chance.uniform(0, 0.1))
         if kill % 2:
             wait_for(partial.exists)
@@ -409,23 +388,16 @@ def test_a_finished_run_is_shown_again_and_not_measured_twice(
     assert_same_state(a_run, tmp_path / "before")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--recipe", "article"),
-        ("--latent-dim", "5"),
-        ("--dataset", "KMNIST"),
-        ("--lr", "0.002"),
-        ("--beta", "2"),
-        ("--seed", "7"),
-        ("--batch-size", "64"),
-        ("--run", "elsewhere"),
-    ],
-    ids="=".join,
+FIXED = (
+    "--recipe=article --latent-dim=5 --dataset=KMNIST --lr=0.002 --beta=2 --seed=7 --batch-size=64"
 )
-def test_resume_refuses_what_would_change_the_run(run_main, a_run, options):
+
+
+@pytest.mark.parametrize("option", [*FIXED.split(), "--run=elsewhere"])
+def test_resume_refuses_what_would_change_the_run(run_main, a_run, option):
     before = (a_run / "checkpoint.pt").read_bytes()
-    assert_told(run_main("--resume", "run", *options), options[0].strip("-").replace("-", "_"))
+    name = option.strip("-").partition("=")[0].replace("-", "_")
+    assert_told(run_main("--resume", "run", option), name)
     assert (a_run / "checkpoint.pt").read_bytes() == before
 
 
@@ -507,7 +479,7 @@ def test_interrupted(run_main, start_main, few_digits, mnist, tmp_path, moment, 
     batch = 6000 if moment == "bound" else 100
     options = ("--no-visdom", "--batch-size", batch, "--epochs", epochs)
     process = start_main(*options, "--data", data, "--run", run)
-    wait_for(lambda: trained(process))
+    wait_for(lambda: conftest.trained(process))
     if moment == "checkpoint":
         wait_for((run / "checkpoint.pt.partial").exists)
     process.send_signal(signum)
@@ -546,7 +518,7 @@ def test_interrupted_while_pytorch_is_loaded(start_main):
 
 def test_a_second_ctrl_c_ends_at_once(start_main, few_digits):
     process = start_main(*SHORT, "--data", few_digits)
-    wait_for(lambda: trained(process))
+    wait_for(lambda: conftest.trained(process))
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     result = finished(process)
@@ -601,7 +573,7 @@ def test_run_folder_that_cannot_be_written_any_more(run_main, a_run):
 
 def test_run_folder_deleted_in_the_middle(start_main, few_digits, tmp_path):
     process = start_main(*SHORT, "--data", few_digits, "--run", "run")
-    wait_for(lambda: trained(process))
+    wait_for(lambda: conftest.trained(process))
     (tmp_path / "run").rename(tmp_path / "gone")
     assert_told(finished(process), "run/", "cannot be written", status=1)
 
