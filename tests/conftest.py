@@ -157,11 +157,10 @@ def load_checkpoint(run: Path) -> dict:
 
 def readme_changes() -> dict[str, tuple[str, str, str]]:
     """The changes that the README shows: name -> file, the lines it has, the lines to be there."""
-    item = re.compile(r"^- \*\*(.*?)\*\*.*?`(\w+\.py)`.*?```diff\n(.*?)  ```", re.S | re.M)
+    (block,) = re.findall(r"```diff\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)
     changes = {}
-    for name, file, diff in item.findall((PROJECT / "README.md").read_text()):
-        lines = [line[2:] for line in diff.splitlines()]
-        before = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("+"))
-        after = "".join(f"{line[1:]}\n" for line in lines if not line.startswith("-"))
+    for file, name, hunk in re.findall(r"@@ (\S+): (.*)\n((?:[-+ ].*\n)+)", block):
+        lines = hunk.splitlines(keepends=True)
+        before, after = ("".join(x[1:] for x in lines if x[0] != sign) for sign in "+-")
         changes[name] = file, before, after
     return changes
