@@ -182,9 +182,6 @@ def assert_whole(page, url: str, epochs: int, run: str = "run") -> None:
     assert [line for line in page.complaints if not any(name in line for name in known)] == []
 
 
-# -------------------------------------------------------------------- the first time, anywhere
-
-
 @pytest.fixture
 def bare_visdom(tmp_path) -> Path:
     """A folder for PYTHONPATH with Visdom as it is installed, without its page's scripts."""
@@ -230,9 +227,6 @@ def test_scripts_that_cannot_be_had_cost_one_line(
     kill_later(result.stdout)
     (line,) = result.stderr.splitlines()
     assert "blank" in line and "npm" in line
-
-
-# ---------------------------------------------------------------------------- what is seen
 
 
 @pytest.mark.parametrize("recipe", ["elbo", "article"])
@@ -297,9 +291,6 @@ def test_a_seventh_window_as_the_readme_says(
     kill_later(result.stdout)
     page.goto(url)
     see(page, lambda: page.locator(".react-grid-item").count() == 7)
-
-
-# -------------------------------------------------------------- servers: ours and other people's
 
 
 def test_started_server_is_private_outlives_the_run_and_remembers_it(

@@ -46,9 +46,6 @@ def assert_told(result: subprocess.CompletedProcess, *words, status: int = 2) ->
         assert str(word) in result.stderr
 
 
-# --------------------------------------------------------------------------- what it learns
-
-
 def test_three_epochs_on_all_of_mnist(run_main, mnist, tmp_path):
     result = run_main("--epochs", 3, "--no-visdom", "--data", mnist, "--run", "run")
     assert result.returncode == 0, result.stderr
@@ -166,8 +163,6 @@ def test_data_on_disk_needs_no_network(unreachable, run_main, few_digits, tmp_pa
     assert result.returncode == 0, result.stderr
 
 
-# ------------------------------------------------------------------------ the README's own words
-
 README = (PROJECT / "README.md").read_text()
 
 
@@ -208,9 +203,6 @@ def test_each_change_of_the_readme_is_one_edit_that_works(start_main, few_digits
     assert metrics(tmp_path / "run")[-1]["bce"] < 250
 
 
-# ----------------------------------------------------------------------- the command line
-
-
 def test_help_fits_a_screen_and_says_every_default(run_main, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     result = run_main("--help")
@@ -232,9 +224,6 @@ def test_bad_options_are_refused(run_main, few_digits, tmp_path, option):
     result = run_main("--epochs", 1, "--data", few_digits, option)
     assert_told(result, option.partition("=")[0])
     assert not (tmp_path / "runs").exists()
-
-
-# ------------------------------------------------------------------------------- the data
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "KMNIST"])
@@ -288,9 +277,6 @@ def test_folders_that_cannot_be_made(run_main, few_digits, tmp_path, option):
     (tmp_path / "file").write_text("not a folder")
     result = run_main("--no-visdom", "--epochs", 1, "--data", few_digits, option, "file/folder")
     assert_told(result, "file/folder")
-
-
-# --------------------------------------------------------------------- nothing is lost
 
 
 def assert_same_state(run: Path, reference: Path) -> None:
