@@ -70,7 +70,7 @@ def seed_noise(seed: int, epoch: int) -> None:
 
 
 def train(model, average, optimizer, images, batch_size, beta, epoch) -> float:
-    """Train for one epoch. Returns its mean loss, nats per image."""
+    """Train for one epoch on images [n, 1, 28, 28] of bytes. Returns the mean loss, nats."""
     model.train()
     batches = torch.randperm(len(images), device=images.device).split(batch_size)
     bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
@@ -142,11 +142,11 @@ def experiment(
     run, checkpoint, dashboard, images, recipe, epochs, batch_size, lr, beta, latent_dim, seed
 ) -> None:
     """Go on from the checkpoint to `epochs` in all; measure, save and show every epoch."""
-    train_images, test_images = images
+    train_images, test_images = images  # bytes, and numbers from 0 to 1; [n, 1, 28, 28] each
     torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down many times over
     if "OMP_NUM_THREADS" not in os.environ:
-        # Steps are so short that a second thread gains a third at most, and costs ten times that
-        # while another program wants its core. For a much larger network, take these lines out.
+        # In steps so short a second thread gains a third at most, and while another program wants
+        # its core it costs a factor of ten. For a much larger network, take these lines out.
         torch.set_num_threads(1)
 
     seed_noise(seed, 0)
