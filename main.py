@@ -1,7 +1,7 @@
 """Train a variational autoencoder on MNIST and watch it learn in Visdom: `python main.py`.
 
-After 50 epochs, some five minutes on one core, -ELBO on the test digits is FIXME nats per image
-with all ten latent units in use; `--recipe article` reaches 140.5 with two or three of them.
+After 50 epochs, five to seven minutes on one core, -ELBO on the test digits is 102.2 +- 0.3 nats
+per image with all ten latent units in use; `--recipe article` reaches 140.6 with two or three.
 
 In order: the data, training, what is measured and shown, the experiment. That is all about the
 VAE, whose mathematics are in vae.py. Below the banner: saving, dashboard, npm, command line.
@@ -342,7 +342,8 @@ class Dashboard:
         def plot(title: str, xlabel: str, count: int) -> dict:
             axis = {"title": xlabel, "range": [0.5, count + 0.5], "dtick": max(1, count // 8)}
             inner = {"title": {"text": title, "font": {"size": 12}}, "legend": {"x": 0.6, "y": 1}}
-            return {"title": title, "layoutopts": {"plotly": inner | {"xaxis": axis}}, **tall}
+            short = title.partition(",")[0]  # a pane's bar, if it is too full, widens the pane
+            return {"title": short, "layoutopts": {"plotly": inner | {"xaxis": axis}}, **tall}
 
         for win, grid in digits.items():
             what = "traversal, a unit per row, -3 to 3" if win == "traversal" else win
@@ -354,7 +355,7 @@ class Dashboard:
         if history:
             self.viz.line(curves, torch.arange(1, epoch + 1), win="loss", opts=opts)
         else:
-            self.viz.text("The first epoch is under way.", win="loss", opts=opts)
+            self.viz.text(f"{run}: the first epoch is under way.", win="loss", opts=opts)
         opts = plot(f"KL per latent unit, nats, epoch {epoch}", "latent unit", len(kl_per_unit))
         bars = torch.cat([kl_per_unit, torch.zeros(1)])  # out of range; one bar alone is refused
         self.viz.bar(bars, win="kl", opts=opts)
@@ -454,7 +455,6 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--visdom", default="http://localhost:8097", metavar="URL", help="(http://localhost:8097)")
     add("--env", default="main", metavar="NAME", help="in Visdom (main)")
     add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
-
     args, checkpoint = parser.parse_args(arguments), {"history": [], "bound": None, "options": {}}
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume))

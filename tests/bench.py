@@ -173,13 +173,17 @@ def print_tables(repeats: int, busy: int, until: bool) -> None:
         f"{platform.python_version()}, torch {torch.__version__}, {busy} other programs busy"
     )
     turns = 0
-    while turns < repeats or (until and len(reached) < len(racing)):
+    while turns < repeats or (until and len(reached) < len(racing) and turns < 50):
         turns += 1
         for name, loop in loops.items():
             if turns <= repeats or (name in racing and name not in reached):
                 seconds[name].append(seconds_of_an_epoch(loop))
                 if name in racing and name not in reached and negative_elbo(loop, x) < TARGET:
                     reached[name] = turns
+                    spent = sum(seconds[name])
+                    print(
+                        f"{name}: below {TARGET} nats in epoch {turns}, {spent:.0f} s", flush=True
+                    )
     print(f"{'':25}{'s an epoch':>12}{'vs article':>12}{f's to {TARGET} nats':>18}{'epochs':>8}")
     median = {name: statistics.median(times[:repeats]) for name, times in seconds.items()}
     for name, epoch in median.items():
