@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def unreachable(environment, monkeypatch) -> dict[str, str]:
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it has the proxies of its first use
     return dict(os.environ)
 
 

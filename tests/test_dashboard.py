@@ -115,8 +115,9 @@ def start_visdom(environment):
 
 
 def answers(url: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        return urllib.request.urlopen(url, timeout=5).status == 200
+        return direct.open(url, timeout=5).status == 200
     except OSError:
         return False
 
