@@ -38,6 +38,7 @@ from tqdm import tqdm
 from vae import VAE, ArticleVAE, log_likelihood
 
 RECIPES = {"elbo": VAE, "article": ArticleVAE}
+HEAD = "epoch    loss     bce  +   kl  = -elbo     mse  active  seconds"
 ROW = "{epoch:5}{train_loss:8.2f}{bce:8.2f}{kl:8.2f}{:9.2f}{mse:8.4f}{active_units:8}{seconds:9.1f}"
 
 
@@ -88,6 +89,11 @@ def train(model, average, optimizer, images, batch_size, beta, epoch) -> float:
     return total.item() / len(images)
 
 
+def learning_rate(lr: float, epoch: int) -> float:
+    """A faster start: twice lr, falling like 1/sqrt(epoch) to lr at epoch 20."""
+    return lr * min(2, max(1, math.sqrt(20 / epoch)))
+
+
 @torch.no_grad()
 def update_average(average: VAE, model: VAE, updates: int) -> None:
     """Average weights and buffers over about the last tenth of the training, however long it is."""
@@ -98,8 +104,6 @@ def update_average(average: VAE, model: VAE, updates: int) -> None:
 
 
 # ------------------------------------------------------------------- what is measured and shown
-
-
 @torch.no_grad()
 def evaluate(model: VAE, x: Tensor, beta: float) -> tuple[dict, Tensor]:
     """The measures of metrics.csv on the test images x, and the KL of each latent unit."""
@@ -161,14 +165,14 @@ def experiment(
     history, done = checkpoint["history"], len(checkpoint["history"])
     if done >= epochs:
         print(f"Nothing is left to train: {run} has {done} epochs, and --epochs is {epochs}.")
-    print("epoch    loss     bce  +   kl  = -elbo     mse  active  seconds")
+    print(HEAD)
     # The first pass does not train: it shows where training starts or goes on.
     for epoch in range(done, max(done, epochs) + 1):
         start, loss = time.perf_counter(), 0.0
         if epoch > done:
             seed_noise(seed, epoch)
-            if recipe != "article":  # a faster start: twice lr, falling to lr at epoch 20
-                optimizer.param_groups[0]["lr"] = lr * min(2, max(1, math.sqrt(20 / epoch)))
+            if recipe != "article":
+                optimizer.param_groups[0]["lr"] = learning_rate(lr, epoch)
             loss = train(model, average, optimizer, train_images, batch_size, beta, epoch)
         seed_noise(seed, 0)  # the same noise for every test, so that only the model differs
         measures, kl_per_unit = evaluate(average, test_images, beta)
@@ -181,8 +185,8 @@ def experiment(
         digits = pictures(average, test_images[:32])
         checkpoint |= {name: part.state_dict() for name, part in parts.items()}
         save(run, checkpoint, digits)
-        for row in history[-1:]:
-            print(ROW.format(row["bce"] + row["kl"], **row))
+        if history:
+            print(ROW.format(history[-1]["bce"] + history[-1]["kl"], **history[-1]))
         if dashboard:
             dashboard.show(run.name, digits, list(history), kl_per_unit)
 
@@ -197,8 +201,6 @@ def experiment(
 
 
 # ======================== from here on: what the experiment leans on; nothing here is about VAEs
-
-
 class Stop(Exception):
     """Ends the program with its sentence and status 2: better input would have helped."""
 
@@ -235,9 +237,8 @@ def load_checkpoint(run: Path) -> dict:
     path = run / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        if not {"options", "history", "bound", "model", "average", "optimizer"} <= set(checkpoint):
-            raise ValueError(f"{path} lacks a part")
-        return checkpoint
+        parts = "options", "history", "bound", "model", "average", "optimizer"
+        return {part: checkpoint[part] for part in parts}
     except FileNotFoundError as error:
         raise Stop(f"--resume {run}: there is no {path}.") from error
     except Exception as error:  # there are many ways to be damaged
@@ -254,8 +255,6 @@ def restore(parts: dict, checkpoint: dict, run: Path) -> None:
 
 class Dashboard:
     """Six windows on a Visdom server, which may fail, hang or vanish: training goes on."""
-
-    PATIENCE = 3  # seconds for an answer
 
     def __init__(self, url: str, env: str):
         import requests  # not sooner: these two open a socket, and --no-visdom means none
@@ -309,8 +308,7 @@ class Dashboard:
     def send(self, message: dict, endpoint: str = "events", **_) -> None:
         """In place of the client's own, which waits for ever and hides what went wrong."""
         message |= {"eid": self.env, "version": time.time_ns()}  # anew, or Visdom 0.3 won't redraw
-        url = f"{self.url}/{endpoint}"
-        self.session.post(url, json=message, timeout=self.PATIENCE).raise_for_status()
+        self.session.post(f"{self.url}/{endpoint}", json=message, timeout=3).raise_for_status()
 
     def show(self, *state) -> None:
         """Send the windows, whole, unless earlier ones are still on their way; returns at once."""
@@ -363,7 +361,7 @@ class Dashboard:
 
     def finish(self, run: Path) -> None:
         """Give the last windows a few seconds to arrive, and say where they are."""
-        self.thread.join(self.PATIENCE)
+        self.thread.join(3)
         if not self.thread.is_alive():  # it may have drawn an earlier state
             self.try_to_draw()
         gone = f"Visdom at {self.url} {self.fault}; the last pictures are in {run}"
@@ -394,8 +392,6 @@ WEB_FILES = {
     "save-svg-as-png@1.4.17/lib/saveSvgAsPng.js": "js/saveSvgAsPng.js",
     "sjcl@1.0.7/sjcl.js": "js/sjcl.js",
 }
-MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
-LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-12, "beta": 0, "latent_dim": 1, "seed": 0}
 
 
 def from_npm(files: dict[str, Path]) -> bool:
@@ -434,6 +430,10 @@ def install_web_files(static: Path) -> None:
     except (OSError, subprocess.SubprocessError):
         if not from_npm(files):
             print("warning: without internet and npm the page stays blank.", file=sys.stderr)
+
+
+MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
+LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-12, "beta": 0, "latent_dim": 1, "seed": 0}
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:

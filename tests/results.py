@@ -2,8 +2,9 @@
 
 Trains both recipes with three seeds for 50 epochs, seed 0 on to 1000, and with seed 0 the steps
 from the one recipe to the other; all in runs/results/. What is there already is not repeated, so
-the work can be split among processes and go on after an interruption. Then prints the tables and
-writes .github/recipes.png. `--only RECIPE-SEED ...` trains just those; `--epochs 50` stops there.
+the work can be split among processes and go on after an interruption: `--only RECIPE-SEED ...`
+trains just those, `--epochs 50` stops there. Then prints the tables of all that is there, and
+writes .github/recipes.png.
 """
 
 import argparse
@@ -56,13 +57,13 @@ class Grey(VAE):
     draw_pixels = ArticleVAE.draw_pixels
 
 
-# The steps between the recipes: name -> model, whether its weights are averaged, learning rate.
+# The steps between the recipes: name -> model, whether its weights are averaged, a faster start.
 STEPS = {
-    "linear-heads": (LinearHeads, False, lambda epoch: 1e-3),
-    "bernoulli": (Bernoulli, False, lambda epoch: 1e-3),
-    "both": (Both, False, lambda epoch: 1e-3),
-    "grey-slow": (Grey, True, lambda epoch: 1e-3),
-    "grey": (Grey, True, lambda epoch: 1e-3 * min(2, max(1, (20 / epoch) ** 0.5))),
+    "linear-heads": (LinearHeads, False, False),
+    "bernoulli": (Bernoulli, False, False),
+    "both": (Both, False, False),
+    "grey-slow": (Grey, True, False),
+    "grey": (Grey, True, True),
 }
 MODELS = main.RECIPES | {name: step[0] for name, step in STEPS.items()}
 
@@ -88,14 +89,15 @@ def train_step(step: str, seed: int, folder: Path) -> None:
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
     images, _ = main.load_images("MNIST", PROJECT / "data")
-    model_class, averaged, rate = STEPS[step]
+    model_class, averaged, faster = STEPS[step]
     main.seed_noise(seed, 0)
     model = model_class()
     average = copy.deepcopy(model) if averaged else model
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     for epoch in range(1, 51):
         main.seed_noise(seed, epoch)
-        optimizer.param_groups[0]["lr"] = rate(epoch)
+        if faster:
+            optimizer.param_groups[0]["lr"] = main.learning_rate(1e-3, epoch)
         loss = main.train(model, average, optimizer, images, 32, 1.0, epoch)
         print(step, epoch, f"{loss:.2f}", flush=True)
     torch.save({"average": average.state_dict()}, RUNS / f"{folder.name}.50.pt")
@@ -137,11 +139,19 @@ def train_classifier(images, labels) -> Classifier:
     return classifier
 
 
-def load(name: str, epochs: int) -> VAE:
-    model = MODELS[name.rpartition("-")[0]]()
-    checkpoint = torch.load(RUNS / f"{name}.{epochs}.pt", weights_only=True)
-    model.load_state_dict(checkpoint["average"])
+def load(run: str) -> VAE | None:
+    """The model of a run, RECIPE-SEED.EPOCHS, or None if it has not been made yet."""
+    if not (RUNS / f"{run}.pt").exists():
+        return None
+    model = MODELS[run.rpartition("-")[0]]()
+    model.load_state_dict(torch.load(RUNS / f"{run}.pt", weights_only=True)["average"])
     return model.eval()
+
+
+def binarised(x):
+    """Digits of 0s and 1s, drawn once."""
+    main.seed_noise(0, 0)
+    return (torch.rand_like(x) < x).float()
 
 
 @torch.no_grad()
@@ -153,9 +163,7 @@ def measure(model: VAE, classifier: Classifier, x, labels) -> dict[str, float]:
     z = model.reparameterize(mu, sigma)
     main.seed_noise(0, 0)
     bound = main.mean_bound(model, x)
-    main.seed_noise(0, 0)
-    b = (torch.rand_like(x) < x).float()  # binarised once
-    binarised, _ = main.evaluate(model, b, 1.0)
+    measures_b, _ = main.evaluate(model, binarised(x), 1.0)
     return {
         "-ELBO": measures["bce"] + measures["kl"],
         "bce": measures["bce"],
@@ -163,35 +171,25 @@ def measure(model: VAE, classifier: Classifier, x, labels) -> dict[str, float]:
         "log p(x) >=": bound,
         "MSE": measures["mse"],
         "active units": measures["active_units"],
-        "kept, z, %": classifier.share_read_as(labels, model.decode(z)),
-        "kept, mu, %": classifier.share_read_as(labels, model.decode(mu)),
-        "-ELBO, binarised": binarised["bce"] + binarised["kl"],
+        "% kept, z": classifier.share_read_as(labels, model.decode(z)),
+        "% kept, mu": classifier.share_read_as(labels, model.decode(mu)),
+        "-ELBO, binarised": measures_b["bce"] + measures_b["kl"],
     }
 
 
-@torch.no_grad()
-def binarised_bounds(model: VAE, x) -> dict[str, float]:
-    """log p(b) >=, nats per image, on test digits that are binarised once."""
-    bounds = {}
-    for k in (100, 500):
-        main.seed_noise(0, 0)
-        b = (torch.rand_like(x) < x).float()
-        bounds[f"log p(b) >=, k = {k}"] = main.mean_bound(model, b, k)
-    return bounds
-
-
-def row(name: str, measured: list[dict[str, float]]) -> str:
-    cells = [name]
+def sentence(measured: list[dict[str, float]]) -> str:
+    """The figures of one run, or mean and standard deviation over several."""
+    parts = []
     for key in measured[0]:
         values = [figures[key] for figures in measured]
         digits = 4 if key == "MSE" else 1 if "%" in key or "units" in key else 2
-        cells.append(f"{statistics.mean(values):.{digits}f}")
+        parts.append(f"{key} {statistics.mean(values):.{digits}f}")
         if len(values) > 1:
-            cells[-1] += f" ± {statistics.stdev(values):.{digits}f}"
-    return " | ".join(cells)
+            parts[-1] += f" ± {statistics.stdev(values):.{digits}f}"
+    return ", ".join(parts)
 
 
-def report(last: int) -> None:
+def report() -> None:
     torch.set_flush_denormal(True)
     images, test_images = main.load_images("MNIST", PROJECT / "data")
     labels, test_labels = (
@@ -202,29 +200,27 @@ def report(last: int) -> None:
     print(f"the classifier reads {accuracy:.2f} % of the test digits themselves")
     assert accuracy >= 98
 
-    def figures(name: str, epochs: int) -> dict[str, float]:
-        return measure(load(name, epochs), classifier, x, test_labels)
+    seeds = {recipe: [f"{recipe}-{seed}.50" for seed in SEEDS] for recipe in MODELS}
+    stages = {f"{r}-0.{stage}": [f"{r}-0.{stage}"] for r in main.RECIPES for stage in STAGES}
+    for name, runs in (seeds | stages).items():
+        models = [model for model in map(load, runs) if model]
+        if models:
+            measured = [measure(model, classifier, x, test_labels) for model in models]
+            print(f"{name} ({len(models)}): {sentence(measured)}", flush=True)
+    for stage in STAGES:
+        if model := load(f"elbo-0.{stage}"):
+            for k in (100, 500):
+                bound = main.mean_bound(model, binarised(x), k)
+                print(f"elbo-0.{stage}: log p(b) >= {bound:.2f} (k = {k})", flush=True)
 
-    print("\nAfter 50 epochs (± over the seeds):")
-    for recipe in ("article", *STEPS, "elbo"):
-        seeds = (0,) if recipe in STEPS else SEEDS
-        measured = [figures(f"{recipe}-{seed}", 50) for seed in seeds]
-        if recipe == "article":
-            print(" | ".join(["recipe", *measured[0]]))
-        print(row(recipe, measured), flush=True)
-    print("\nOver the epochs, seed 0:")
-    for recipe in main.RECIPES:
-        for stage in (stage for stage in STAGES if stage <= last):
-            print(row(f"{recipe}, {stage}", [figures(f"{recipe}-0", stage)]), flush=True)
-    bounds = binarised_bounds(load("elbo-0", last), x)
-    print(f"\nelbo-0 after {last} epochs:", bounds)
-    rows = [x[:16]]
-    for recipe in ("article", "elbo"):
-        main.seed_noise(0, 0)
-        with torch.no_grad():
-            rows.append(load(f"{recipe}-0", 50)(x)[0][:16])
-    large = torch.cat(rows).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    save_image(large, PROJECT / ".github" / "recipes.png", nrow=16, padding=4, pad_value=1.0)
+    pair = load("article-0.50"), load("elbo-0.50")
+    if all(pair):
+        rows = [x[:16]]
+        for model in pair:
+            main.seed_noise(0, 0)
+            rows.append(model(x)[0][:16].detach())
+        large = torch.cat(rows).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        save_image(large, PROJECT / ".github" / "recipes.png", nrow=16, padding=4, pad_value=1.0)
 
 
 if __name__ == "__main__":
@@ -236,5 +232,4 @@ if __name__ == "__main__":
     names = [f"{recipe}-{seed}" for recipe in main.RECIPES for seed in SEEDS]
     for name in args.only or [*names, *(f"{step}-0" for step in STEPS)]:
         train(name, args.epochs)
-    if not args.only:
-        report(args.epochs)
+    report()

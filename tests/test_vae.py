@@ -13,8 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vae import VAE, ArticleVAE, log_likelihood  # noqa: E402
 
-BOTH = pytest.mark.parametrize("model_class", [VAE, ArticleVAE])
-
 
 def digits_like(batch: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -44,7 +42,7 @@ class Article(nn.Module):
         return x_hat, kld / (len(x) * 28 * 28)
 
 
-@BOTH
+@pytest.mark.parametrize("model_class", [VAE, ArticleVAE])
 def test_shapes_and_ranges(model_class):
     model, x = model_class(latent_dim=7), digits_like(5)
     mu, sigma = model.encode(x)
@@ -76,40 +74,19 @@ def test_kl_equals_torch_distributions():
     assert ArticleVAE().kl(torch.zeros(3, 10), torch.ones(3, 10)).abs().max() < 1e-7
 
 
-def test_losses_are_per_image_and_forwards_kld_is_per_pixel():
-    torch.manual_seed(0)
-    model, x = VAE(), digits_like(6)
-    expected = kl_divergence(Normal(*model.encode(x)), Normal(0.0, 1.0)).sum() / 6
-    torch.testing.assert_close(model.losses(x)[1], expected, rtol=1e-5, atol=0)
-    torch.testing.assert_close(784 * model(x)[1], expected, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("which", ["mu", "sigma"])
-def test_gradients_pass_through_the_draw(which):
-    model = VAE().double()
+def test_gradients_pass_through_the_draw():
+    """Into mu and sigma both, against finite differences."""
     torch.manual_seed(1)
-    values = {
-        "mu": torch.randn(2, 10, dtype=torch.double),
-        "sigma": torch.randn(2, 10, dtype=torch.double).exp(),
-    }
-    values[which].requires_grad_()
+    model, mu, log_sigma = VAE().double(), *torch.randn(2, 2, 10, dtype=torch.double)
 
-    def decoded():
+    def decoded(mu, sigma):
         torch.manual_seed(2)  # the same noise for every evaluation
-        return model.decode(model.reparameterize(**values)).square().sum()
+        return model.decode(model.reparameterize(mu, sigma)).square().sum()
 
-    (gradient,) = torch.autograd.grad(decoded(), values[which])
-    flat, step = values[which].detach().view(-1), 1e-5
-    differences = torch.zeros_like(flat)
-    for i in range(len(flat)):
-        flat[i] += step
-        above = decoded().item()
-        flat[i] -= 2 * step
-        below = decoded().item()
-        flat[i] += step
-        differences[i] = (above - below) / (2 * step)
-    assert gradient.abs().min() > 0
-    torch.testing.assert_close(gradient.view(-1), differences, rtol=1e-5, atol=1e-8)
+    posterior = mu.requires_grad_(), log_sigma.exp().requires_grad_()
+    assert torch.autograd.gradcheck(decoded, posterior)
+    gradients = torch.autograd.grad(decoded(*posterior), posterior)
+    assert all(gradient.abs().min() > 0 for gradient in gradients)
 
 
 def test_reparameterize_draws_from_the_posterior():
@@ -146,18 +123,18 @@ def standard_error(samples: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def test_loss_is_a_monte_carlo_elbo():
+def test_losses_are_the_terms_of_the_elbo_per_image_and_forwards_kld_is_per_pixel():
     torch.manual_seed(0)
-    model, x = VAE(), digits_like(4)
-    for parameter in model.parameters():
-        parameter.mul_(0.6)
+    model, x = VAE(), digits_like(6)
     q = posterior(model, x)
-    z = q.sample((20_000,))
-    elbo = (log_joint(model, x, z) - q.log_prob(z)).mean(1)
-    losses = torch.stack([-sum(model.losses(x)) for _ in range(4000)])
-    error = math.hypot(standard_error(elbo), standard_error(losses))
-    assert error < 0.1
-    assert abs(elbo.mean() - losses.mean()) < 4 * error
+    kl = kl_divergence(q.base_dist, Normal(0.0, 1.0)).sum() / 6
+    torch.manual_seed(1)
+    losses = model.losses(x)
+    torch.manual_seed(1)
+    z = q.rsample()
+    reconstruction = Normal(0.0, 1.0).log_prob(z).sum(-1) - log_joint(model, x, z)
+    torch.testing.assert_close(losses, (reconstruction.mean(), kl), rtol=1e-5, atol=0)
+    torch.testing.assert_close(784 * model(x)[1], kl, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
@@ -203,25 +180,6 @@ def test_importance_weighted_bound_equals_its_definition():
     largest = log_weights.max()  # whose exponential would underflow
     expected = (log_weights - largest).exp().mean(0).log() + largest
     torch.testing.assert_close(bound.double(), expected, rtol=1e-5, atol=1e-3)
-
-
-@torch.no_grad()
-def test_importance_weighted_bound_starts_at_the_elbo_and_does_not_fall():
-    torch.manual_seed(0)
-    model, x = VAE(), digits_like(4)
-    for parameter in model.parameters():
-        parameter.mul_(1.5)
-    bounds = {
-        k: torch.stack([model.importance_weighted_bound(x, k).mean() for _ in range(1000)])
-        for k in (1, 10, 100)
-    }
-    elbo = torch.stack([-sum(model.losses(x)) for _ in range(1000)])
-    errors = {k: standard_error(bound) for k, bound in bounds.items()}
-    assert abs(bounds[1].mean() - elbo.mean()) < 4 * math.hypot(errors[1], standard_error(elbo))
-    for fewer, more in ((1, 10), (10, 100)):
-        least = bounds[fewer].mean() - 3 * math.hypot(errors[fewer], errors[more])
-        assert bounds[more].mean() > least
-    assert bounds[100].mean() > bounds[1].mean() + 1  # this posterior is not exact: the gap is real
 
 
 @torch.no_grad()
