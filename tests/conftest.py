@@ -16,6 +16,7 @@ import pytest
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
+README = (PROJECT / "README.md").read_text()
 sys.path.insert(0, str(PROJECT))
 
 import main  # noqa: E402
@@ -113,6 +114,12 @@ def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
+    """The result itself, of a run that has ended well and complained of nothing."""
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    return result
+
+
 def trained(process: subprocess.Popen, epoch: int = 1) -> bool:
     """Reads a line of the process's table. Has it come to this epoch?"""
     return process.stdout.readline().split()[:1] == [str(epoch)]
@@ -151,7 +158,7 @@ def load_checkpoint(run: Path) -> dict:
 
 def readme_changes() -> dict[str, tuple[str, str, str]]:
     """The changes that the README shows: name -> file, the lines it has, the lines to be there."""
-    (block,) = re.findall(r"```diff\n(.*?)```", (PROJECT / "README.md").read_text(), re.S)
+    (block,) = re.findall(r"```diff\n(.*?)```", README, re.S)
     changes = {}
     for file, name, hunk in re.findall(r"@@ (\S+): (.*)\n((?:[-+ ].*\n)+)", block):
         lines = hunk.splitlines(keepends=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import visdom
-from conftest import PROJECT, changed_copy, finished, npm_with_a_way_out, trained, wait_for
+from conftest import changed_copy, finished, npm_with_a_way_out, succeeded, trained, wait_for
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -180,8 +180,7 @@ def test_scripts_come_from_npm_where_the_cdns_are_dead(
     path = npm_with_a_way_out(tmp_path / "bin")
     cut_off = unreachable | {"PYTHONPATH": str(bare_visdom), "PATH": path}
     options = ("--epochs", 3, "--data", few_digits, "--visdom", url)
-    result = finished(start_main(*SMALL, *options, env=cut_off))
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    result = succeeded(finished(start_main(*SMALL, *options, env=cut_off)))
     assert result.stdout.count("Fetching the scripts") == 1
     pid = kill_later(result.stdout)
     assert_whole(page, url, 3)
@@ -192,8 +191,7 @@ def test_scripts_come_from_npm_where_the_cdns_are_dead(
     os.kill(pid, signal.SIGTERM)  # is still there to be ended
     wait_for(lambda: not answers(url))
     cut_off["PATH"] = "/nowhere"
-    again = finished(start_main("--resume", "run", "--epochs", 4, env=cut_off))
-    assert again.returncode == 0 and again.stderr == "", again.stderr
+    again = succeeded(finished(start_main("--resume", "run", "--epochs", 4, env=cut_off)))
     kill_later(again.stdout)
     assert "Fetching" not in again.stdout  # it happens once
     assert_whole(page, url, 4)
@@ -215,9 +213,8 @@ def test_six_panes_of_a_finished_run_and_then_those_of_the_next(
     run_main, start_main, few_digits, mnist, page, url, kill_later
 ):
     options = ("--recipe", "article", "--data", few_digits, "--epochs", 5, "--no-visdom")
-    assert run_main(*SMALL, *options).returncode == 0
-    result = run_main("--resume", "run", "--visdom", url)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    succeeded(run_main(*SMALL, *options))
+    result = succeeded(run_main("--resume", "run", "--visdom", url))
     assert "Nothing is left to train" in result.stdout
     kill_later(result.stdout)
     assert_whole(page, url, 5)
@@ -262,8 +259,7 @@ def test_a_seventh_window_as_the_readme_says(
 ):
     changed_copy(tmp_path, "a seventh window")
     options = ("--epochs", 2, "--data", few_digits, "--visdom", url)
-    result = finished(start_main(*SMALL, *options, script="main.py"))
-    assert result.returncode == 0 and result.stderr == "", result.stderr
+    result = succeeded(finished(start_main(*SMALL, *options, script="main.py")))
     kill_later(result.stdout)
     page.goto(url)
     expect(page.locator(".react-grid-item")).to_have_count(7)
@@ -372,7 +368,7 @@ def test_no_visdom_opens_no_socket(environment, few_digits):
     code += "sys.addaudithook(lambda event, _: event == 'socket.__new__' and print('a socket')); "
     code += "import main; main.main(sys.argv[1:]); main.socket.socket()"
     options = ("--no-visdom", *SMALL, "--epochs", 1, "--data", few_digits)
-    command = map(str, [sys.executable, "-c", code, PROJECT, *options])
+    command = map(str, [sys.executable, "-c", code, Path(main.__file__).parent, *options])
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-2:] == ["Saved in run", "a socket"]
