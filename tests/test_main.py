@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
@@ -84,10 +85,13 @@ def test_same_seed_same_run(run_main, few_digits, tmp_path):
     assert not any(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(one_epoch):
+def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, a_run):
     expected = {1: 0.02, 5: 0.02, 8: 0.02 * (5 / 8) ** 0.5, 20: 0.01, 21: 0.01, 1000: 0.01}
     assert {epoch: main.learning_rate(0.01, epoch) for epoch in expected} == pytest.approx(expected)
-    assert load_checkpoint(one_epoch)["optimizer"]["param_groups"][0]["lr"] == 0.002
+    for epoch in (1, 8, 21):
+        succeeded(run_main("--resume", "run", "--epochs", epoch))
+        state = load_checkpoint(a_run)["optimizer"]
+        assert state["param_groups"][0]["lr"] == pytest.approx(expected[epoch] / 10)
 
 
 @pytest.mark.parametrize("wanted", [None, "3"])
@@ -357,7 +361,7 @@ class Evil:
         return os.mkdir, (str(self.canary),)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "random", "evil", "list", "layers"])
+@pytest.mark.parametrize("damage", "truncated empty random evil pickle list layers".split())
 def test_bad_checkpoints_are_refused(run_main, a_run, tmp_path, damage):
     path, canary = a_run / "checkpoint.pt", tmp_path / "code-was-run"
     content, checkpoint = path.read_bytes(), load_checkpoint(a_run)
@@ -369,6 +373,8 @@ def test_bad_checkpoints_are_refused(run_main, a_run, tmp_path, damage):
         path.write_bytes(random.Random(0).randbytes(10_000))
     elif damage == "evil":
         torch.save(checkpoint | {"history": Evil(canary)}, path)
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps(Evil(canary)))
     elif damage == "list":
         torch.save([1, 2, 3], path)
     elif damage == "layers":
@@ -381,7 +387,10 @@ def test_bad_checkpoints_are_refused(run_main, a_run, tmp_path, damage):
     assert not canary.exists()
 
 
-def test_a_folder_with_something_in_it_is_not_used(run_main, few_digits, a_run):
+@pytest.mark.parametrize("what", ["run", "other files"])
+def test_a_folder_with_something_in_it_is_not_used(run_main, few_digits, a_run, what):
+    if what == "other files":
+        (a_run / "checkpoint.pt").unlink()
     before = {path: path.read_bytes() for path in a_run.iterdir()}
     result = run_main(*SHORT, "--epochs", 1, "--data", few_digits, "--run", "run")
     assert_told(result, "--run run", "--resume")
@@ -424,6 +433,7 @@ def test_interrupted(run_main, start_main, few_digits, mnist, tmp_path, moment, 
     assert result.returncode == 128 + signum and "Traceback" not in result.stderr
     epoch = len(load_checkpoint(run)["history"])
     assert f"stopped; epoch {epoch} is saved" in result.stderr
+    assert len(metrics(run)) == epoch
     go_on = command_to_go_on(result.stderr)
     assert go_on == ["--resume", str(run)]
     last = epoch if moment == "bound" else epoch + 1
