@@ -177,7 +177,8 @@ def print_table(repeats: int, limit: float) -> None:
             seconds[name].append(seconds_of_an_epoch(loops[name], epoch))
             if races(name) and (nats := negative_elbo(loops[name], x)) < TARGET:
                 reached[name] = epoch
-                print(f"{name}, epoch {epoch}: {nats:.1f} nats, {sum(seconds[name]):.0f} s")
+                reach = f"{nats:.1f} nats, {sum(seconds[name]):.0f} s"
+                print(f"{name}, epoch {epoch}: {reach}", flush=True)
     print(f"{'':25}{'s an epoch':>12}{'vs article':>12}{f's to {TARGET} nats':>18}{'epochs':>8}")
     median = {name: statistics.median(times[:repeats]) for name, times in seconds.items()}
     for name, typical in median.items():
