@@ -93,8 +93,6 @@ def train_step(step: str, seed: int, folder: Path) -> None:
     """50 epochs as main.py trains them, but for what the step does otherwise."""
     if (RUNS / f"{folder.name}.50.pt").exists():
         return
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(1)
     images, _ = main.load_images("MNIST", PROJECT / "data")
     model_class, averaged, faster = STEPS[step]
     main.seed_noise(seed, 0)
@@ -198,7 +196,6 @@ def sentence(measured: list[dict[str, float]]) -> str:
 
 
 def report() -> None:
-    torch.set_flush_denormal(True)
     images, test_images = main.load_images("MNIST", PROJECT / "data")
     labels, test_labels = (
         datasets.MNIST(PROJECT / "data", train=part).targets for part in (True, False)
@@ -245,6 +242,8 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="*", choices=names, help="train just these")
     parser.add_argument("--epochs", type=int, choices=STAGES["elbo-0"], default=1000)
     args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(1)  # as main.py does; on two, the classifier is another one
     RUNS.mkdir(parents=True, exist_ok=True)
     for name in names if args.only is None else args.only:
         train(name, args.epochs)
