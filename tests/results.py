@@ -1,14 +1,13 @@
 """The figures and the picture of the README: `python tests/results.py` (hours; go on at any time).
 
-Trains both recipes with three seeds, as long as STAGES says, and the steps from the one recipe to
-the other for 50 epochs; all in runs/results/. What is there already is not repeated, so the work
-can be split among processes and go on after an interruption: `--only RECIPE-SEED ...` trains just
-those, and no more; `--only` by itself trains nothing; `--epochs 50` stops there. Then prints the
+Trains both recipes with three seeds, and the steps from the one recipe to the other, as long as
+STAGES says; all by main.py itself, in runs/results/. What is there already is not repeated, so the
+work can be split among processes and go on after an interruption: `--only RECIPE-SEED ...` trains
+just those, and no more; `--epochs 50` stops there; `--report` trains nothing. Then prints the
 figures of all that is there and writes .github/recipes.png.
 """
 
 import argparse
-import copy
 import functools
 import shutil
 import statistics
@@ -28,14 +27,6 @@ import main  # noqa: E402
 from vae import VAE, ArticleVAE  # noqa: E402
 
 RUNS = PROJECT / "runs" / "results"
-STAGES = {  # the epochs after which a run is kept and measured
-    "article-0": (3, 10, 50, 200, 1000),
-    "article-1": (50,),
-    "article-2": (50,),
-    "elbo-0": (3, 10, 50, 200, 1000),
-    "elbo-1": (50, 1000),
-    "elbo-2": (50, 1000),
-}
 
 
 class LinearHeads(VAE):
@@ -64,22 +55,27 @@ class Grey(VAE):
     draw_pixels = ArticleVAE.draw_pixels
 
 
-# The steps between the recipes: name -> model, whether its weights are averaged, a faster start.
-STEPS = {
+STEPS = {  # from the one recipe to the other, as rows of main.RECIPES
     "linear-heads": (LinearHeads, False, False),
     "bernoulli": (Bernoulli, False, False),
     "both": (Both, False, False),
     "grey-slow": (Grey, True, False),
     "grey": (Grey, True, True),
 }
-MODELS = main.RECIPES | {name: step[0] for name, step in STEPS.items()}
+main.RECIPES |= STEPS
+STAGES = {  # the epochs after which a run is kept and measured
+    "article-0": (3, 10, 50, 200, 1000),
+    "article-1": (50,),
+    "article-2": (50,),
+    "elbo-0": (3, 10, 50, 200, 1000),
+    "elbo-1": (50, 1000),
+    "elbo-2": (50, 1000),
+} | {f"{step}-0": (50,) for step in STEPS}
 
 
 def train(name: str, last: int) -> None:
     recipe, _, seed = name.rpartition("-")
     folder = RUNS / name
-    if recipe in STEPS:
-        return train_step(recipe, int(seed), folder)
     for stage in STAGES[name]:
         if stage <= last and not (RUNS / f"{name}.{stage}.pt").exists():
             begin = ["--recipe", recipe, "--seed", seed, "--run", str(folder), "--no-visdom"]
@@ -87,25 +83,6 @@ def train(name: str, last: int) -> None:
             where = ["--epochs", str(stage), "--data", str(PROJECT / "data")]
             main.main([*(["--resume", str(folder)] if begun else begin), *where])
             shutil.copy(folder / "checkpoint.pt", RUNS / f"{name}.{stage}.pt")
-
-
-def train_step(step: str, seed: int, folder: Path) -> None:
-    """50 epochs as main.py trains them, but for what the step does otherwise."""
-    if (RUNS / f"{folder.name}.50.pt").exists():
-        return
-    images, _ = main.load_images("MNIST", PROJECT / "data")
-    model_class, averaged, faster = STEPS[step]
-    main.seed_noise(seed, 0)
-    model = model_class()
-    average = copy.deepcopy(model) if averaged else model
-    optimizer = torch.optim.Adam(model.parameters(), fused=True)
-    for epoch in range(1, 51):
-        main.seed_noise(seed, epoch)
-        if faster:
-            optimizer.param_groups[0]["lr"] = main.learning_rate(1e-3, epoch)
-        loss = main.train(model, average, optimizer, images, 32, 1.0, epoch)
-        print(step, epoch, f"{loss:.2f}", flush=True)
-    torch.save({"average": average.state_dict()}, RUNS / f"{folder.name}.50.pt")
 
 
 class Classifier(nn.Sequential):
@@ -148,28 +125,27 @@ def load(run: str) -> VAE | None:
     """The model of a run, RECIPE-SEED.EPOCHS, or None if it has not been made yet."""
     if not (RUNS / f"{run}.pt").exists():
         return None
-    model = MODELS[run.rpartition("-")[0]]()
+    model = main.RECIPES[run.rpartition("-")[0]][0]()
     model.load_state_dict(torch.load(RUNS / f"{run}.pt", weights_only=True)["average"])
     return model.eval()
 
 
 def binarised(x):
-    """Digits of 0s and 1s, drawn once, as a step of the training draws them."""
+    """Digits of 0s and 1s, drawn once, as a step of the training draws them; the same for all."""
     model = VAE()
-    main.seed_noise(0, 0)
+    main.seed_noise(0)
     return model.draw_pixels(x)
 
 
 @torch.no_grad()
 def measure(model: VAE, classifier: Classifier, x, labels) -> dict[str, float]:
-    """The figures of a model on the test digits x, with the noise that main.py measures with."""
-    main.seed_noise(0, 0)
-    measures, _ = main.evaluate(model, x, 1.0)
+    """The figures of a model on the test digits x, with the noise of seed 0 for every seed."""
+    measures, _, _ = main.evaluate(model, x, 1.0, 0)
+    measures_b, _, _ = main.evaluate(model, binarised(x), 1.0, 0)
+    bound = main.mean_bound(model, x, 0)
+    main.seed_noise(0)
     mu, sigma = model.encode(x)
     z = model.reparameterize(mu, sigma)
-    main.seed_noise(0, 0)
-    bound = main.mean_bound(model, x)
-    measures_b, _ = main.evaluate(model, binarised(x), 1.0)
     return {
         "-ELBO": measures["bce"] + measures["kl"],
         "bce": measures["bce"],
@@ -177,6 +153,8 @@ def measure(model: VAE, classifier: Classifier, x, labels) -> dict[str, float]:
         "log p(x) >=": bound,
         "MSE": measures["mse"],
         "active units": measures["active_units"],
+        "units with mu = 0 on every digit": (mu == 0).all(0).sum().item(),
+        "units with sigma = 0 on every digit": (sigma == 0).all(0).sum().item(),
         "% kept, z": classifier.share_read_as(labels, model.decode(z)),
         "% kept, mu": classifier.share_read_as(labels, model.decode(mu)),
         "-ELBO, binarised": measures_b["bce"] + measures_b["kl"],
@@ -205,8 +183,7 @@ def report() -> None:
     print(f"the classifier reads {accuracy:.2f} % of the test digits themselves")
     assert accuracy >= 98
 
-    kept = [f"{step}-0.50" for step in STEPS]
-    kept += [f"{name}.{stage}" for name, stages in STAGES.items() for stage in stages]
+    kept = [f"{name}.{stage}" for name, stages in STAGES.items() for stage in stages]
     rows = {run: [run] for run in kept}
     for recipe, epochs in (("article", 50), ("elbo", 50), ("elbo", 1000)):
         rows[f"{recipe}.{epochs}"] = [f"{recipe}-{seed}.{epochs}" for seed in (0, 1, 2)]
@@ -223,14 +200,14 @@ def report() -> None:
     for run in kept:
         if run.startswith("elbo") and (model := load(run)):
             for k in (100, 500):
-                bound = main.mean_bound(model, binarised(x), k)
+                bound = main.mean_bound(model, binarised(x), 0, k)
                 print(f"{run}: log p(b) >= {bound:.2f} (k = {k})", flush=True)
 
     pair = load("article-0.50"), load("elbo-0.50")
     if all(pair):
         digits = [x[:16]]
         for model in pair:
-            main.seed_noise(0, 0)
+            main.seed_noise(0)
             digits.append(model(x)[0][:16].detach())
         large = torch.cat(digits).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         save_image(large, PROJECT / ".github" / "recipes.png", nrow=16, padding=4, pad_value=1.0)
@@ -238,14 +215,14 @@ def report() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*STAGES, *(f"{step}-0" for step in STEPS)]
-    parser.add_argument("--only", nargs="*", choices=names, help="train just these")
+    parser.add_argument("--only", nargs="+", choices=STAGES, help="train just these")
+    parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--epochs", type=int, choices=STAGES["elbo-0"], default=1000)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)  # as main.py does; on two, the classifier is another one
     RUNS.mkdir(parents=True, exist_ok=True)
-    for name in names if args.only is None else args.only:
+    for name in [] if args.report else args.only or STAGES:
         train(name, args.epochs)
     if not args.only:
         report()

@@ -357,16 +357,3 @@ def test_something_else_at_the_address(run_main, start_visdom, few_digits, url, 
     (line,) = result.stderr.splitlines()[-1:]
     assert url in line and "--visdom" in line
     assert not (tmp_path / "run").exists()
-
-
-def test_no_visdom_opens_no_socket(environment, few_digits):
-    """By Python's own audit of sockets, which sees the one that is opened when all is done."""
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); "
-    code += "sys.addaudithook(lambda event, _: event == 'socket.__new__' and print('a socket')); "
-    code += "import main; main.main(sys.argv[1:]); main.socket.socket()"
-    options = ("--no-visdom", *SMALL, "--epochs", 1, "--data", few_digits)
-    command = map(str, [sys.executable, "-c", code, Path(main.__file__).parent, *options])
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-2:] == ["Saved in run", "a socket"]
-    assert result.stdout.count("a socket") == 1

@@ -26,6 +26,7 @@ from torch import nn
 
 import main
 from main import IDX_FILES
+from vae import ArticleVAE
 
 SHORT = ("--no-visdom", "--batch-size", 100)
 PICTURES = ("x.png", "x_hat.png", "samples.png", "traversal.png")
@@ -70,6 +71,16 @@ def test_the_articles_recipe_collapses(run_main, few_digits, tmp_path):
     succeeded(run_main(*options, "--data", few_digits, "--run", "run"))
     last = metrics(tmp_path / "run")[-1]
     assert last["active_units"] < 5
+    # Why: most units have mu = 0 on every digit, with a sigma near 1 and next to no KL.
+    _, test_images = main.load_images("MNIST", few_digits)
+    model = ArticleVAE()
+    model.load_state_dict(load_checkpoint(tmp_path / "run")["average"])
+    with torch.no_grad():
+        mu, sigma = model.encode(test_images / 255)
+    dead = (mu == 0).all(0)
+    assert dead.sum() >= 5
+    assert sigma[:, dead].min() > 0.3 and model.kl(mu, sigma)[:, dead].mean() < 0.5
+    assert (mu[:, ~dead].var(0) > 0.01).any()  # and so it is not the digits' fault
     assert last["test_loss"] == pytest.approx(784 * last["mse"] + last["kl"], rel=1e-4)
     states = load_checkpoint(tmp_path / "run")
     assert all(torch.equal(states["model"][key], states["average"][key]) for key in states["model"])
@@ -77,9 +88,12 @@ def test_the_articles_recipe_collapses(run_main, few_digits, tmp_path):
 
 
 def test_same_seed_same_run(run_main, few_digits, tmp_path):
+    bounds = {}
     for name, seed in {"one": 1, "same": 1, "other": 2}.items():
         options = ("--epochs", 3, "--seed", seed, "--data", few_digits)
-        succeeded(run_main(*SHORT, *options, "--run", name))
+        output = succeeded(run_main(*SHORT, *options, "--run", name)).stdout
+        bounds[name] = re.search(r"log p\(x\) >= (\S+)", output)[1]
+    assert bounds["one"] == bounds["same"] != bounds["other"]
     assert_same_state(tmp_path / "one", tmp_path / "same")
     one, other = (load_checkpoint(tmp_path / name)["average"] for name in ("one", "other"))
     assert not any(torch.equal(one[key], other[key]) for key in one)
@@ -152,7 +166,7 @@ def test_data_on_disk_needs_no_network(unreachable, run_main, few_digits, tmp_pa
 
 def test_using_the_model_as_the_readme_says(start_main, run_main, few_digits, tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", conftest.README, re.S)
-    assert len(block.splitlines()) <= 10
+    assert len(block.splitlines()) <= 12
     shutil.copytree(few_digits, tmp_path / "data")
     succeeded(run_main("--epochs", 1, "--no-visdom", "--run", "runs/first"))
     conftest.changed_copy(tmp_path)
@@ -168,7 +182,7 @@ CHANGES = conftest.readme_changes()
 @pytest.mark.parametrize("name", [name for name in CHANGES if "window" not in name])
 def test_each_change_of_the_readme_is_one_edit_that_works(start_main, few_digits, tmp_path, name):
     conftest.changed_copy(tmp_path, name)
-    recipe = re.findall(r'RECIPES = .*"(\w+)": \w+}', CHANGES[name][-1]) or ["elbo"]
+    recipe = re.findall(r'"(\w+)": \(', CHANGES[name][-1]) or ["elbo"]
     options = ("--epochs", 2, "--data", few_digits, "--run", "run", "--no-visdom")
     succeeded(finished(start_main(*options, "--recipe", *recipe, script="main.py")))
     states = load_checkpoint(tmp_path / "run")
@@ -259,7 +273,7 @@ def assert_same_state(run: Path, reference: Path) -> None:
     for folder in (run, reference):
         checkpoint = load_checkpoint(folder)
         parts = checkpoint["model"], checkpoint["average"], checkpoint["optimizer"]["state"]
-        states.append((*parts, checkpoint["bound"]))
+        states.append(parts)
         tables.append(metrics(folder))
         for row in tables[-1]:
             del row["seconds"]
@@ -326,16 +340,11 @@ def test_resume_goes_on_to_more_epochs(run_main, few_digits, tmp_path, a_run):
 
 
 @pytest.mark.parametrize("epochs", [None, 1])
-def test_a_finished_run_is_shown_again_and_not_measured_twice(
-    run_main, few_digits, tmp_path, monkeypatch, a_run, epochs
-):
+def test_a_finished_run_is_shown_again(run_main, tmp_path, a_run, epochs):
     first = run_main("--resume", "run", "--epochs", 2)
     shutil.copytree(a_run, tmp_path / "before")
-    monkeypatch.delattr(main, "mean_bound")
     again = succeeded(run_main("--resume", "run", *(("--epochs", epochs) if epochs else ())))
-    assert (
-        f"Nothing is left to train: run has 2 epochs, and --epochs is {epochs or 2}" in again.stdout
-    )
+    assert "Nothing is left to train: run has 2 epochs" in again.stdout
     assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
     assert_same_state(a_run, tmp_path / "before")
 
@@ -451,15 +460,6 @@ def test_interrupted_while_the_data_is_fetched(unreachable, start_main, tmp_path
     assert "stopped before training began" in result.stderr
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
     assert not (tmp_path / "runs").exists()
-
-
-def test_interrupted_while_pytorch_is_loaded(start_main):
-    process = start_main("--no-visdom")
-    wait_for(lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
-    process.send_signal(signal.SIGINT)
-    result = finished(process)
-    assert "Traceback" not in result.stderr
-    assert result.returncode in (-signal.SIGINT, 130)
 
 
 def test_a_second_ctrl_c_ends_at_once(start_main, few_digits):
