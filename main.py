@@ -276,6 +276,11 @@ def lock(folder: Path, patience: float = 0):
         return nullcontext()  # a folder without locks
 
 
+def fault(error: Exception) -> str:
+    answer = getattr(error, "response", None)
+    return "does not answer" if answer is None else f"answers {answer.status_code}"
+
+
 class Dashboard:
     """Seven windows on a Visdom server, which may fail, hang or vanish: training goes on."""
 
@@ -307,13 +312,10 @@ class Dashboard:
         except ConnectionRefusedError:
             return False
         except (requests.RequestException, ValueError) as error:
-            answer = getattr(error, "response", None)
-            silent = isinstance(error, (requests.ConnectionError, requests.Timeout))
-            tornado = answer is not None and "Tornado" in answer.headers.get("Server", "")
-            # A server elsewhere may be absent and Visdom in trouble; the first drawing tells.
-            if not (silent and not self.here or tornado and answer.status_code >= 500):
-                mend = "name its address, as http://localhost:8097, or --no-visdom"
-                raise Stop(2, f"--visdom {self.url}: no Visdom answers there; {mend}.") from error
+            absent = isinstance(error, (requests.ConnectionError, requests.Timeout))
+            if self.here or not absent:  # for an absent one elsewhere, the first drawing tells
+                mend = "not as Visdom does; name its address, like http://localhost:8097"
+                raise Stop(2, f"--visdom {self.url} {fault(error)}, {mend}.") from error
         return True
 
     def start_server(self, static: Path) -> None:
@@ -358,16 +360,14 @@ class Dashboard:
 
     def try_to_draw(self) -> None:
         """Draw the newest state. Say so, in one line, when the server's health has changed."""
-        fault = ""
+        before, self.fault = self.fault, ""
         try:
             self.draw(*self.state)
         except OSError as error:  # as all exceptions of requests are
-            answer = getattr(error, "response", None)
-            fault = "does not answer" if answer is None else f"answers {answer.status_code}"
-        if fault != self.fault:
-            news = f"{fault}; the run goes on" if fault else "is back, with everything; reload it"
+            self.fault = fault(error)
+        if self.fault != before:
+            news = f"{self.fault}; the run goes on" if self.fault else "is back; reload the page"
             tqdm.write(f"Visdom at {self.url} {news}.", sys.stderr)
-        self.fault = fault
 
     def draw(self, history: list[dict], grids: dict, kl_per_unit: Tensor, mu: Tensor) -> None:
         # Three windows and four fill 1300 x 800, clear of Visdom's own corner. What differs between
@@ -403,7 +403,7 @@ class Dashboard:
             for name, (xs, ys) in traces.items()
         ]
         x = {"nticks": min(8, len(data[0]["x"]))} | x  # whole numbers, if they are few
-        layout = {"xaxis": x, "yaxis": y, "margin": {"l": 50, "r": 10, "t": 40, "b": 40}}
+        layout = {"xaxis": x, "yaxis": y, "margin": {"l": 50, "r": 10, "t": 40, "b": 45}}
         layout |= {"showlegend": True, "legend": {"orientation": "h", "y": 1, "yanchor": "bottom"}}
         opts = {"title": win, "width": width, "height": height}
         self.send({"win": win, "data": data, "layout": layout, "opts": opts})
@@ -558,7 +558,7 @@ def prepare(arguments: list[str] | None) -> tuple:
 
 def interrupt(signum: int, _frame) -> None:
     for again in (signal.SIGINT, signal.SIGTERM):  # a second one ends the program at once
-        signal.signal(again, signal.SIG_DFL)
+        signal.signal(again, lambda signum, _frame: os._exit(128 + signum))
     raise KeyboardInterrupt(signum)
 
 
@@ -590,7 +590,8 @@ def main(arguments: list[str] | None = None) -> None:
         status, sentence = 128 + interruption.args[0], "stopped before training began."
         if run and (run / "checkpoint.pt").exists():
             epoch = len(load_checkpoint(run)["history"])
-            state = "all is trained" if epoch >= args.epochs else f"epoch {epoch} is saved"
+            done = epoch >= args.epochs
+            state = "training is done, log p(x) is not" if done else f"epoch {epoch} is saved"
             page = f"; dashboard: {dashboard.where()}" if dashboard else ""
             command = ["python", sys.argv[0], f"--resume={run}", f"--epochs={args.epochs}"]
             sentence = f"stopped; {state}{page}. To go on:\n{shlex.join(command)}"

@@ -150,7 +150,7 @@ def npm_with_a_way_out(folder: Path) -> str:
 
 
 def load_checkpoint(run: Path) -> dict:
-    return torch.load(run / "checkpoint.pt", weights_only=True)
+    return torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
 
 
 def readme_changes() -> dict[str, tuple[str, str, str]]:

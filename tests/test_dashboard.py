@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import csv
 import http.server
 import io
 import itertools
@@ -11,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -27,8 +29,7 @@ from playwright.sync_api import expect
 
 import main
 
-PANES = {"x": "x,", "x_hat": "x_hat,", "samples": "samples,", "traversal": "traversal,"}
-PANES |= {"loss": "loss", "kl": "KL per latent unit"}
+PANES = ("x", "x_hat", "loss", "traversal", "kl", "samples", "latent")
 SMALL = ("--batch-size", 100, "--run", "run")
 expect.set_options(timeout=300_000)  # the patience of wait_for
 
@@ -103,8 +104,8 @@ def answers(url: str) -> bool:
 
 
 def pane(page, win: str):
-    """The pane whose bar begins with the window's title."""
-    title = page.get_by_text(re.compile("^" + re.escape(PANES[win])))
+    """The pane whose bar has the window's title."""
+    title = page.get_by_text(win, exact=True)
     return page.locator(".react-grid-item").filter(has=title).first
 
 
@@ -133,22 +134,27 @@ def edges(locator) -> tuple[float, float, float, float]:
 
 
 def assert_whole(page, url: str, epochs: int) -> None:
-    """Six filled panes that fit the screen side by side and say which run and epoch they show."""
+    """Seven filled panes, with room to spare on the screen, that tell their run and epoch."""
     complaints = []
     page.on("pageerror", lambda error: complaints.append(f"error {error}"))
     page.on("console", lambda said: complaints.append(f"{said.type} {said.text} {said.location}"))
     page.goto(url)
-    expect(page.locator(".react-grid-item")).to_have_count(6)
+    expect(page.locator(".react-grid-item")).to_have_count(7)
     see(page, lambda: [len(curve) for curve in plotted(page, "loss")] == [epochs, epochs])
-    titles = f"x_hat, epoch {epochs}", "loss, nats per image · run", "epoch", "latent unit"
-    for title in (*titles, "train", "test"):
-        expect(page.locator("body")).to_contain_text(title)
+    for win, text in {"x": "run", "x_hat": f"epoch {epochs}", "kl": f"epoch {epochs}"}.items():
+        expect(pane(page, win)).to_contain_text(text)
+    with open("run/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    elbo = [float(row["bce"]) + float(row["kl"]) for row in rows]
+    assert plotted(page, "loss")[1] == pytest.approx(elbo, rel=1e-6)
+    expect(pane(page, "loss")).to_contain_text("-ELBO, test")
+    assert len(plotted(page, "latent")) == 10
     for win in PANES:
         left, top, right, bottom = edges(pane(page, win))
-        assert 0 <= left and right <= 1300 and 50 <= top and bottom <= 800
-        if win in ("loss", "kl"):
+        assert 0 <= left and right <= 1288 and 50 <= top and bottom <= 788
+        if win in ("loss", "kl", "latent"):
             ticks = pane(page, win).locator(".xtick").all_text_contents()
-            assert ticks and all(tick.isdigit() for tick in ticks)
+            assert win == "latent" or ticks and all(tick.isdigit() for tick in ticks)
             assert edges(pane(page, win).locator(".xtitle"))[3] <= bottom
         else:
             _, _, image_right, image_bottom = edges(pane(page, win).locator("img"))
@@ -159,7 +165,7 @@ def assert_whole(page, url: str, epochs: int) -> None:
     for one, other in itertools.combinations([corner, *(pane(page, win) for win in PANES)], 2):
         (left, top, right, bottom), (left_2, top_2, right_2, bottom_2) = edges(one), edges(other)
         apart = max(left - right_2, left_2 - right, top - bottom_2, top_2 - bottom)
-        assert apart >= -1, f"{one} overlaps {other}"
+        assert apart >= (12 if one is corner else -1), f"{one} overlaps {other}"
     known = ("mathjax", "favicon.png")  # neither is in the way; Visdom 0.3 has no favicon at all
     errors = [line for line in complaints if line.startswith("error")]
     assert [line for line in errors if not any(name in line for name in known)] == []
@@ -209,7 +215,7 @@ def test_scripts_that_cannot_be_had_cost_one_line(
     assert "blank" in line and "npm" in line
 
 
-def test_six_panes_of_a_finished_run_and_then_those_of_the_next(
+def test_seven_panes_of_a_finished_run_and_then_those_of_the_next(
     run_main, start_main, few_digits, mnist, page, url, kill_later
 ):
     options = ("--recipe", "article", "--data", few_digits, "--epochs", 5, "--no-visdom")
@@ -218,13 +224,17 @@ def test_six_panes_of_a_finished_run_and_then_those_of_the_next(
     assert "Nothing is left to train" in result.stdout
     kill_later(result.stdout)
     assert_whole(page, url, 5)
-    _, test_images = main.load_images("MNIST", few_digits)
+    _, test_images, labels, _ = main.load_images("MNIST", few_digits)
+    groups = [len(group) for group in plotted(page, "latent")]
+    assert groups == labels[:1000].bincount().tolist()  # all digits, by label
+    assert min(map(min, plotted(page, "latent"))) == 0  # the article's mu is never negative
+    expect(pane(page, "x")).to_contain_text("run recipe article")
     first = picture(page, "x")[4:32, 4:32]
     assert np.abs(first - test_images[0, 0].numpy() / 255).max() < 0.01
     start_main("--data", mnist, "--batch-size", 1, "--run", "second", "--visdom", url)
-    expect(pane(page, "loss")).to_contain_text("second: the first epoch is under way")
-    assert "x_hat, epoch 0" in page.locator("body").inner_text()
-    assert plotted(page, "loss") == []
+    expect(pane(page, "x")).to_contain_text("second batch_size 1")
+    expect(pane(page, "x_hat")).to_contain_text("epoch 0")
+    see(page, lambda: plotted(page, "loss") == [[], []])
 
 
 def test_the_page_is_live(start_main, start_visdom, few_digits, page, url):
@@ -249,27 +259,48 @@ def test_other_environments_paths_and_latent_dims(start_main, few_digits, page, 
     kill_later(line)
     assert finished(process).stderr == ""
     page.goto(address)
-    expect(page.locator(".react-grid-item")).to_have_count(6)
+    expect(page.locator(".react-grid-item")).to_have_count(7)
     see(page, lambda: plotted(page, "kl"))
-    assert pane(page, "kl").locator(".xtick").all_text_contents() == ["1"]
+    assert [len(bars) for bars in plotted(page, "kl")] == [1]
+    assert len(plotted(page, "latent")) == 10
 
 
-def test_a_seventh_window_as_the_readme_says(
+def test_two_runs_compared_and_the_plane_of_two_units(
+    run_main, few_digits, page, url, kill_later, tmp_path
+):
+    options = ("--batch-size", 100, "--data", few_digits, "--visdom", url)
+    result = succeeded(run_main(*options, "--epochs", 3, "--latent-dim", 2, "--env", "first"))
+    kill_later(result.stdout)
+    succeeded(run_main(*options, "--epochs", 5, "--recipe", "article", "--env", "second"))
+    page.goto(f"{url}/env/first")
+    see(page, lambda: plotted(page, "loss"))
+    assert picture(page, "traversal").shape == (15 * 32 + 4, 15 * 32 + 4)
+    for run in (tmp_path / "runs").glob("*-elbo"):
+        assert Image.open(run / "traversal.png").size == (484, 484)
+    page.goto(f"{url}/compare/first+second")
+    see(page, lambda: [len(curve) for curve in plotted(page, "loss")] == [3, 3, 5, 5])
+    see(page, lambda: [len(bars) for bars in plotted(page, "kl")] == [2, 10])
+    legend = pane(page, "loss").locator("g.legend")
+    assert edges(legend)[3] <= edges(pane(page, "loss").locator(".xy .gridlayer"))[1] + 12
+
+
+def test_an_eighth_window_as_the_readme_says(
     start_main, few_digits, page, url, kill_later, tmp_path
 ):
-    changed_copy(tmp_path, "a seventh window")
+    changed_copy(tmp_path, "an eighth window")
     options = ("--epochs", 2, "--data", few_digits, "--visdom", url)
     result = succeeded(finished(start_main(*SMALL, *options, script="main.py")))
     kill_later(result.stdout)
     page.goto(url)
-    expect(page.locator(".react-grid-item")).to_have_count(7)
+    expect(page.locator(".react-grid-item")).to_have_count(8)
 
 
 def test_started_server_is_private_outlives_the_run_and_remembers_it(
-    run_main, few_digits, start_visdom, page, url, kill_later
+    run_main, few_digits, start_visdom, page, url, kill_later, tmp_path
 ):
-    result = run_main(*SMALL, "--epochs", 2, "--data", few_digits, "--visdom", url)
-    assert result.returncode == 0
+    (tmp_path / "home" / ".visdom").mkdir(parents=True)
+    (tmp_path / "home" / ".visdom" / "main.json").write_text('{"jsons": {"x')  # by a full disk
+    result = succeeded(run_main(*SMALL, "--epochs", 2, "--data", few_digits, "--visdom", url))
     pid = kill_later(result.stdout)
     assert answers(url)
     tables = [Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6")]
@@ -293,6 +324,13 @@ class Grumpy(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Ssh(socketserver.BaseRequestHandler):
+    """A server that speaks another language, and hangs up."""
+
+    def handle(self):
+        self.request.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+
 def serve(url: str, handler) -> http.server.ThreadingHTTPServer:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", port(url)), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -311,8 +349,8 @@ def test_killed_replaced_and_back(start_main, start_visdom, few_digits, page, ur
         grumpy.shutdown()
     assert "does not answer" in process.stderr.readline()
     start_visdom(url)
-    result = succeeded(finished(process))
-    assert result.stdout.count("is back, with everything; reload the page.") == 1
+    result = finished(process)
+    assert result.returncode == 0 and result.stderr.count("is back; reload the page") == 1
     assert "to stop it" not in result.stdout  # it is not ours
     assert_whole(page, url, 120)
 
@@ -340,7 +378,7 @@ def test_an_absent_remote_server_costs_one_line(run_main, few_digits, url):
     assert "does not answer" in line and remote in line
 
 
-@pytest.mark.parametrize("what", ["web server", "silence", "wrong path"])
+@pytest.mark.parametrize("what", ["web server", "500", "ssh", "silence", "wrong path"])
 def test_something_else_at_the_address(run_main, start_visdom, few_digits, url, tmp_path, what):
     options = (*SMALL, "--epochs", 1, "--data", few_digits, "--visdom")
     if what == "wrong path":
@@ -348,6 +386,15 @@ def test_something_else_at_the_address(run_main, start_visdom, few_digits, url, 
         result = run_main(*options, f"{url}/elsewhere")
     elif what == "web server":
         with serve(url, http.server.SimpleHTTPRequestHandler) as server:
+            result = run_main(*options, url)
+            server.shutdown()
+    elif what == "500":
+        with serve(url, Grumpy) as server:
+            result = run_main(*options, url)
+            server.shutdown()
+    elif what == "ssh":
+        with socketserver.ThreadingTCPServer(("127.0.0.1", port(url)), Ssh) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
             result = run_main(*options, url)
             server.shutdown()
     else:
