@@ -166,7 +166,7 @@ def assert_whole(page, url: str, epochs: int) -> None:
         (left, top, right, bottom), (left_2, top_2, right_2, bottom_2) = edges(one), edges(other)
         apart = max(left - right_2, left_2 - right, top - bottom_2, top_2 - bottom)
         assert apart >= (12 if one is corner else -1), f"{one} overlaps {other}"
-    # None is in the way: Visdom 0.3 has no favicon at all, and the last two are for graphs of nodes.
+    # None is in the way: Visdom 0.3 has no favicon at all; the last two are for graphs of nodes.
     known = ("mathjax", "favicon.png", "saveSvgAsPng", "js/d3")
     errors = [line for line in complaints if line.startswith("error")]
     assert [line for line in errors if not any(name in line for name in known)] == []
