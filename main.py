@@ -262,7 +262,7 @@ def load_checkpoint(run: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         return {name: checkpoint[name] for name in names}
     except Exception as error:  # there are many ways to be damaged
-        why = f"{type(error).__name__}; it was left as it is"
+        why = type(error).__name__
         raise Stop(2, f"--resume: {path} is no checkpoint that can be read ({why}).") from error
 
 
@@ -314,8 +314,8 @@ class Dashboard:
         except (requests.RequestException, ValueError) as error:
             absent = isinstance(error, (requests.ConnectionError, requests.Timeout))
             if self.here or not absent:  # for an absent one elsewhere, the first drawing tells
-                mend = "not as Visdom does; name its address, like http://localhost:8097"
-                raise Stop(2, f"--visdom {self.url} {fault(error)}, {mend}.") from error
+                mend = "no Visdom in order; name its address, like http://localhost:8097"
+                raise Stop(2, f"--visdom {self.url} {fault(error)}: {mend}.") from error
         return True
 
     def start_server(self, static: Path) -> None:
