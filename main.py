@@ -386,8 +386,8 @@ class Dashboard:
 
         self.image("x", grids, self.run, 300, 205)
         self.image("x_hat", grids, epoch, 300, 205)
-        self.plot("loss", curves, {"title": "epoch"}, nats, 328, 225)
-        self.image("traversal", grids, epoch, 330, 415)
+        self.plot("loss", curves, {"title": "epoch"}, nats, 320, 225)
+        self.image("traversal", grids, epoch, 340, 415)
         self.plot("kl", bars, {"title": "latent unit"}, nats, 250, 435, type="bar")
         self.image("samples", grids, epoch, 270, 415)
         self.plot("latent", clouds, x, y | {"scaleanchor": "x"}, 370, 435, **dots)
