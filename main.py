@@ -390,7 +390,7 @@ class Dashboard:
         self.image("traversal", grids, epoch, 340, 415)
         self.plot("kl", bars, {"title": "latent unit"}, nats, 250, 435, type="bar")
         self.image("samples", grids, epoch, 270, 415)
-        self.plot("latent", clouds, x, y | {"scaleanchor": "x"}, 370, 435, **dots)
+        self.plot("latent", clouds, x, y | {"scaleanchor": "x"}, 360, 435, **dots)
         self.viz.save([self.env])  # so that the server still has it after a restart
 
     def image(self, win: str, grids: dict, caption: str, width: int, height: int) -> None:
