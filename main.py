@@ -349,12 +349,12 @@ class Dashboard:
         clouds = {name: mu[group].T[units].tolist() for name, group in self.groups.items()}
         x, y = ({"title": f"mu of unit {unit + 1}", "range": [-4, 4]} for unit in units.tolist())
         dots = {"type": "scatter", "mode": "markers", "marker": {"size": 3}}
-        nats = {"title": "nats per image"}
+        unit, nats = {"title": "latent unit", "type": "category"}, {"title": "nats per image"}
         self.image("x", grids, self.run, 300, 205)
         self.image("x_hat", grids, epoch, 300, 205)
         self.plot("loss", curves, {"title": "epoch"}, nats, 320, 225, type="scatter")
         self.image("traversal", grids, epoch, 340, 415)
-        self.plot("kl", bars, {"title": "latent unit"}, nats, 250, 435, type="bar")
+        self.plot("kl", bars, unit, nats, 250, 435, type="bar")
         self.image("samples", grids, epoch, 270, 415)
         self.plot("latent", clouds, x, y | {"scaleanchor": "x"}, 360, 435, **dots)
         self.viz.save([self.env])  # so that the server still has it after a restart
@@ -444,7 +444,7 @@ add("--seed", type=int, default=0, metavar="N", help="same seed, same run on a C
 add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="the best (auto)")
 add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="(MNIST)")
 add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
-add("--run", metavar="DIR", help="new folder for this run (runs/<time>-<recipe>)")
+add("--run", metavar="DIR", help="new folder for this run (runs/<time>-<recipe>-<process>)")
 add("--resume", metavar="DIR", help="go on with the run in this folder (none)")
 add("--visdom", default=PAGE, metavar="URL", help=f"server; started if none answers ({PAGE})")
 add("--env", default="main", metavar="NAME", help="Visdom's environment, a page each (main)")

@@ -276,6 +276,7 @@ def test_two_runs_compared_and_the_plane_of_two_units(
     page.goto(f"{url}/env/first")
     see(page, lambda: plotted(page, "loss"))
     assert picture(page, "traversal").shape == (15 * 32 + 4, 15 * 32 + 4)
+    assert pane(page, "kl").locator(".xtick").all_text_contents() == ["1", "2"]
     for run in (tmp_path / "runs").glob("*-elbo"):
         assert Image.open(run / "traversal.png").size == (484, 484)
     page.goto(f"{url}/compare/first+second")
