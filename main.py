@@ -291,7 +291,7 @@ class Dashboard:
         install_web_files()
         port = str(urlsplit(self.url).port or 80)
         # Where the port is taken, Visdom 0.3 would choose another; Tornado would end the server at
-        # any `pip install`; data that is not loaded eagerly may be damaged in ~/.visdom.
+        # any `pip install`; loading lazily, it would answer 500 for a damaged file in ~/.visdom.
         code = f"import socket; socket.create_server(('127.0.0.1', {port})).close(); "
         code += "from visdom.server import app, run_server as server; "
         code += "app.tornado_settings['autoreload'] = False; server.main()"
