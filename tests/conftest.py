@@ -21,6 +21,15 @@ sys.path.insert(0, str(PROJECT))
 
 import main  # noqa: E402
 
+
+def needs(what: str, there: bool):
+    """Skips a test on a machine without something, and says so; never in CI."""
+    return pytest.mark.skipif(not there and "CI" not in os.environ, reason=f"needs {what}")
+
+
+needs_npm = needs("npm", bool(shutil.which("npm")))
+needs_proc = needs("Linux's /proc", Path("/proc/net/tcp").exists())
+
 torch.set_num_threads(1)  # as main.py does: two wait for each other while other programs run
 
 

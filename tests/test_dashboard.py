@@ -20,6 +20,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 import visdom
@@ -181,6 +182,7 @@ def bare_visdom(tmp_path) -> Path:
     return copy.parent
 
 
+@conftest.needs_npm
 def test_scripts_come_from_npm_where_the_cdns_are_dead(
     unreachable, start_main, few_digits, bare_visdom, page, url, kill_later, tmp_path
 ):
@@ -297,6 +299,7 @@ def test_an_eighth_window_as_the_readme_says(
     expect(page.locator(".react-grid-item")).to_have_count(8)
 
 
+@conftest.needs_proc
 def test_started_server_is_private_outlives_the_run_and_remembers_it(
     run_main, few_digits, start_visdom, page, url, kill_later, tmp_path
 ):

