@@ -441,8 +441,9 @@ add("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (0
 add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
 add("--latent-dim", type=int, default=10, metavar="N", help="latent units (10)")
 add("--seed", type=int, default=0, metavar="N", help="same seed, same run on a CPU (0)")
-add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="the best (auto)")
-add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="(MNIST)")
+devices = ["auto", "cpu", "cuda", "mps"]
+add("--device", choices=devices, default="auto", help="where to compute; the best (auto)")
+add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="data (MNIST)")
 add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
 add("--run", metavar="DIR", help="new folder for this run (runs/<time>-<recipe>-<process>)")
 add("--resume", metavar="DIR", help="go on with the run in this folder (none)")
