@@ -299,10 +299,11 @@ class Dashboard:
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         self.server = subprocess.Popen(command, start_new_session=True, **quiet)
         patience = time.monotonic() + 60
+        failed = f"cannot serve http:// at --visdom {self.url} (a taken port?), or write ~/.visdom"
         try:
             while not self.greet():
                 if self.server.poll() is not None or time.monotonic() > patience:
-                    raise Stop(2, f"Visdom cannot serve --visdom {self.url}, or write ~/.visdom.")
+                    raise Stop(2, f"Visdom {failed}.")
                 time.sleep(0.1)
         except BaseException:
             self.server.kill()
@@ -441,8 +442,7 @@ add("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (0
 add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
 add("--latent-dim", type=int, default=10, metavar="N", help="latent units (10)")
 add("--seed", type=int, default=0, metavar="N", help="same seed, same run on a CPU (0)")
-devices = ["auto", "cpu", "cuda", "mps"]
-add("--device", choices=devices, default="auto", help="where to compute; the best (auto)")
+add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="the best (auto)")
 add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="data (MNIST)")
 add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
 add("--run", metavar="DIR", help="new folder for this run (runs/<time>-<recipe>-<process>)")
