@@ -298,12 +298,12 @@ class Dashboard:
         command = [sys.executable, "-c", code, "-bind_local", "-eager_data_loading", "-port", port]
         quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         self.server = subprocess.Popen(command, start_new_session=True, **quiet)
-        patience = time.monotonic() + 60
-        failed = f"cannot serve http:// at --visdom {self.url} (a taken port?), or write ~/.visdom"
+        patience = time.monotonic() + (60 if self.url.startswith("http:") else 0)
+        sentence = f"--visdom {self.url}: Visdom wants http://, a free port and to write ~/.visdom."
         try:
             while not self.greet():
                 if self.server.poll() is not None or time.monotonic() > patience:
-                    raise Stop(2, f"Visdom {failed}.")
+                    raise Stop(2, sentence)
                 time.sleep(0.1)
         except BaseException:
             self.server.kill()

@@ -382,12 +382,16 @@ def test_an_absent_remote_server_costs_one_line(run_main, few_digits, url):
     assert "fails (ConnectionError)" in line and remote in line
 
 
-@pytest.mark.parametrize("what", ["web server", "500", "ssh", "silence", "wrong path"])
+@pytest.mark.parametrize("what", ["web server", "500", "ssh", "silence", "wrong path", "https"])
 def test_something_else_at_the_address(run_main, start_visdom, few_digits, url, tmp_path, what):
     options = (*SMALL, "--epochs", 1, "--data", few_digits, "--visdom")
     if what == "wrong path":
         start_visdom(url)
         result = run_main(*options, f"{url}/elsewhere")
+    elif what == "https":
+        url = url.replace("http:", "https:")
+        result = run_main(*options, url)
+        assert "http://" in result.stderr
     elif what == "web server":
         with serve(url, http.server.SimpleHTTPRequestHandler) as server:
             result = run_main(*options, url)
