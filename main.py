@@ -367,7 +367,7 @@ class Dashboard:
     def plot(self, win: str, traces: dict, x: dict, y: dict, width: int, height: int, **style):
         data = [{"name": name, "x": xs, "y": ys, **style} for name, (xs, ys) in traces.items()]
         x["title"] = {"text": x["title"], "standoff": 8}  # or it would hang over the pane's edge
-        x["nticks"] = min(8, len(data[0]["x"]))  # whole numbers, if they are few
+        x["nticks"] = max(2, min(8, len(data[0]["x"])))  # whole numbers, if they are few
         layout = {"xaxis": x, "yaxis": y, "margin": {"l": 50, "r": 10, "t": 40, "b": 45}}
         layout |= {"showlegend": True, "legend": {"orientation": "h", "y": 1, "yanchor": "bottom"}}
         opts = {"title": win, "width": width, "height": height}
