@@ -102,16 +102,13 @@ def test_same_seed_same_run(run_main, few_digits, tmp_path):
     assert not any(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, a_run):
-    for epoch, rate in {
-        1: 0.002,
-        5: 0.002,
-        8: 0.002 * (5 / 8) ** 0.5,
-        20: 0.001,
-        21: 0.001,
-    }.items():
+def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, few_digits, tmp_path):
+    options = ("--lr", 0.003, "--epochs", 1, "--data", few_digits, "--run", "run")
+    succeeded(run_main(*SHORT, *options))
+    rates = {1: 0.006, 5: 0.006, 8: 0.006 * (5 / 8) ** 0.5, 20: 0.003, 21: 0.003}
+    for epoch, rate in rates.items():
         succeeded(run_main("--resume", "run", "--epochs", epoch))
-        state = load_checkpoint(a_run)["optimizer"]
+        state = load_checkpoint(tmp_path / "run")["optimizer"]
         assert state["param_groups"][0]["lr"] == pytest.approx(rate)
 
 
