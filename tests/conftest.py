@@ -40,19 +40,22 @@ def mnist() -> Path:
     return PROJECT / "data"
 
 
-@pytest.fixture(scope="session")
-def few_digits(mnist, tmp_path_factory) -> Path:
-    """A --data folder with the first 2,000 training and 500 test digits of MNIST."""
-    folder = tmp_path_factory.mktemp("few_digits")
+def first_digits(mnist: Path, folder: Path, train: int, test: int) -> Path:
+    """A --data folder with the first training and test digits of MNIST, as many as said."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in main.IDX_FILES:
         content = (mnist / "MNIST" / "raw" / name).read_bytes()
-        count = 2000 if name.startswith("train") else 500
+        count = train if name.startswith("train") else test
         header, size = (16, 784) if "images" in name else (8, 1)
         few = content[:4] + struct.pack(">I", count) + content[8 : header + count * size]
         (raw / name).write_bytes(few)
     return folder
+
+
+@pytest.fixture(scope="session")
+def few_digits(mnist, tmp_path_factory) -> Path:
+    return first_digits(mnist, tmp_path_factory.mktemp("few_digits"), train=2000, test=500)
 
 
 @pytest.fixture

