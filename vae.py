@@ -5,7 +5,7 @@
 `VAE` is the model to use. `ArticleVAE` is the same network as one widely copied article writes it;
 the methods it overrides are all that differs. A state dict of either loads into the other.
 
-Everything is in nats per image, but for the kld of `forward`, which the article wants per pixel.
+Everything is in nats per image, except the kld of `forward`, which the article wants per pixel.
 
 Sources: Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114; Burda, Grosse &
 Salakhutdinov 2016, Importance Weighted Autoencoders, arXiv:1509.00519.
@@ -63,29 +63,23 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] in [0, 1] -> mu, sigma, [b, latent_dim] each, sigma > 0."""
         mu, log_sigma = self.encoder(x.flatten(1)).chunk(2, dim=1)
-        return mu, log_sigma.exp()
+        return mu, log_sigma.exp()  # the exponential keeps sigma positive
 
     def reparameterize(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """A draw z ~ N(mu, sigma²), of their shape (Kingma & Welling, section 2.4)."""
+        """A draw z ~ N(mu, sigma²), of their shape, by the reparameterization trick (Kingma &
+        Welling, section 2.4): a draw from N(mu, sigma²) itself would have no gradient with respect
+        to mu and sigma, but a sum and a product with noise from elsewhere have one.
+        """
         return mu + sigma * torch.randn_like(sigma)
 
     def logits(self, z: Tensor) -> Tensor:
         """z [b, latent_dim] -> the log-odds of each pixel, [b, 784]."""
-        return self.decoder[:-1](z)
+        all_but_the_sigmoid = self.decoder[:-1]
+        return all_but_the_sigmoid(z)
 
     def decode(self, z: Tensor) -> Tensor:
         """z [b, latent_dim] -> x_hat [b, 1, 28, 28] in [0, 1], the mean of p(x|z)."""
         return self.decoder(z).view(-1, 1, 28, 28)
-
-    def traversal(self, steps: int) -> Tensor:
-        """Decoded: a row of each unit's way from -3 to 3, the others being 0. Of two units, the
-        plane they span, at the prior's quantiles, upwards (Kingma & Welling, figure 4).
-        """
-        z = torch.kron(torch.eye(self.latent_dim), torch.linspace(-3, 3, steps)[:, None])
-        if self.latent_dim == 2:
-            quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, steps))
-            z = torch.cartesian_prod(-quantiles, quantiles).flip(1)
-        return self.decode(z.to(self.decoder[0].weight.device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] -> x_hat of that shape, and kld, a scalar in nats per pixel."""
@@ -114,12 +108,13 @@ class VAE(nn.Module):
         """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. eq. 8).
 
         With k = 1 its mean is the ELBO; it rises to log p(x) as k grows. It holds k·b decoded
-        images in memory. Any proposal gives a bound: a sigma of 0 is raised to give q a density.
+        images in memory. Any q gives a bound, so a sigma of 0 may be raised to give q a density.
         """
         mu, sigma = self.encode(x)
         sigma = sigma.clamp(min=1e-4)
         eps = torch.randn(k, *mu.shape, dtype=mu.dtype, device=mu.device)
         z = mu + sigma * eps
+        # log N(z; 0, 1) - log N(z; mu, sigma²), where (z - mu) / sigma is eps and log 2 pi cancels.
         log_prior_over_q = (sigma.log() + 0.5 * (eps.square() - z.square())).sum(-1)
         logits = self.logits(z.flatten(0, 1)).unflatten(0, (k, -1))
         log_weight = log_likelihood(logits, x) + log_prior_over_q

@@ -13,7 +13,6 @@ each turn. (PyTorch's worker threads may keep the flushing, which favours the ot
 
 import argparse
 import copy
-import math
 import os
 import platform
 import statistics
@@ -109,16 +108,16 @@ class OurLoop:
     def __init__(self, recipe: str, images: torch.Tensor, batch_size=32, lr=1e-3):
         main.seed_noise(0)
         self.batch_size, self.lr = batch_size, lr
-        model_class, averaged, self.starts_faster = main.RECIPES[recipe]
-        self.model, self.images = model_class(), images
-        self.measured = copy.deepcopy(self.model) if averaged else self.model
+        self.recipe, self.images = main.RECIPES[recipe], images
+        self.model = self.recipe.model()
+        self.average = copy.deepcopy(self.model) if self.recipe.averaged else None
+        self.measured = self.average or self.model
         self.optimizer = optim.Adam(self.model.parameters(), lr, fused=True)
 
     def train(self, epoch: int) -> None:
-        if self.starts_faster:
-            rate = self.lr * min(2, max(1, math.sqrt(20 / epoch)))  # as in main.experiment
-            self.optimizer.param_groups[0]["lr"] = rate
-        learners = self.model, self.measured, self.optimizer
+        if self.recipe.starts_faster:
+            self.optimizer.param_groups[0]["lr"] = main.learning_rate(self.lr, epoch)
+        learners = self.model, self.average, self.optimizer
         main.train(*learners, self.images, self.batch_size, 1.0, epoch)
 
 
@@ -153,15 +152,14 @@ def seconds_of_an_epoch(loop, epoch: int) -> float:
     return time.perf_counter() - start
 
 
-def negative_elbo(loop, x: torch.Tensor) -> float:
+def negative_elbo(loop, test_images: torch.Tensor) -> float:
     torch.set_num_threads(1)
-    measures, *_ = main.evaluate(loop.measured, x, 1.0, 0)
+    measures = main.evaluate(loop.measured, test_images, 1.0, 0).measures
     return measures["bce"] + measures["kl"]
 
 
 def print_table(repeats: int, limit: float) -> None:
     images, test_images, *_ = main.load_images("MNIST", PROJECT / "data")
-    x = test_images / 255
     loops = {
         "elbo, main.py": OurLoop("elbo", images),
         "elbo, batch of 128": OurLoop("elbo", images, 128, 3e-3),
@@ -181,7 +179,7 @@ def print_table(repeats: int, limit: float) -> None:
         for name in turn:
             epoch = len(seconds[name]) + 1
             seconds[name].append(seconds_of_an_epoch(loops[name], epoch))
-            if races(name) and (nats := negative_elbo(loops[name], x)) < TARGET:
+            if races(name) and (nats := negative_elbo(loops[name], test_images)) < TARGET:
                 reached[name] = epoch
                 reach = f"{nats:.1f} nats, {sum(seconds[name]):.0f} s"
                 print(f"{name}, epoch {epoch}: {reach}", flush=True)

@@ -44,7 +44,7 @@ def first_digits(mnist: Path, folder: Path, train: int, test: int) -> Path:
     """A --data folder with the first training and test digits of MNIST, as many as said."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in main.IDX_FILES:
+    for name in main.MNIST_MD5:
         content = (mnist / "MNIST" / "raw" / name).read_bytes()
         count = train if name.startswith("train") else test
         header, size = (16, 784) if "images" in name else (8, 1)

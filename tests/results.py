@@ -56,11 +56,11 @@ class Grey(VAE):
 
 
 STEPS = {  # from the one recipe to the other, as rows of main.RECIPES
-    "linear-heads": (LinearHeads, False, False),
-    "bernoulli": (Bernoulli, False, False),
-    "both": (Both, False, False),
-    "grey-slow": (Grey, True, False),
-    "grey": (Grey, True, True),
+    "linear-heads": main.Recipe(LinearHeads, averaged=False, starts_faster=False),
+    "bernoulli": main.Recipe(Bernoulli, averaged=False, starts_faster=False),
+    "both": main.Recipe(Both, averaged=False, starts_faster=False),
+    "grey-slow": main.Recipe(Grey, averaged=True, starts_faster=False),
+    "grey": main.Recipe(Grey, averaged=True, starts_faster=True),
 }
 main.RECIPES |= STEPS
 STAGES = {  # the epochs after which a run is kept and measured
@@ -77,12 +77,14 @@ def train(name: str, last: int) -> None:
     recipe, _, seed = name.rpartition("-")
     folder = RUNS / name
     for stage in STAGES[name]:
-        if stage <= last and not (RUNS / f"{name}.{stage}.pt").exists():
+        kept = RUNS / f"{name}.{stage}"
+        if stage <= last and not kept.exists():
             begin = ["--recipe", recipe, "--seed", seed, "--run", str(folder), "--no-visdom"]
             begun = (folder / "checkpoint.pt").exists()
             where = ["--epochs", str(stage), "--data", str(PROJECT / "data")]
             main.main([*(["--resume", str(folder)] if begun else begin), *where])
-            shutil.copy(folder / "checkpoint.pt", RUNS / f"{name}.{stage}.pt")
+            kept.mkdir()
+            shutil.copy(folder / "checkpoint.pt", kept)
 
 
 class Classifier(nn.Sequential):
@@ -123,28 +125,26 @@ def train_classifier(images, labels) -> Classifier:
 
 def load(run: str) -> VAE | None:
     """The model of a run, RECIPE-SEED.EPOCHS, or None if it has not been made yet."""
-    if not (RUNS / f"{run}.pt").exists():
-        return None
-    model = main.RECIPES[run.rpartition("-")[0]][0]()
-    model.load_state_dict(torch.load(RUNS / f"{run}.pt", weights_only=True)["average"])
-    return model.eval()
+    return main.load_model(RUNS / run) if (RUNS / run).exists() else None
 
 
-def binarised(x):
-    """Digits of 0s and 1s, drawn once, as a step of the training draws them; the same for all."""
-    model = VAE()
+def binarised(images):
+    """Digits of black and white, drawn once, as a step of the training draws them; for all runs the
+    same. From bytes to bytes, 0 or 255.
+    """
+    model = VAE()  # before the noise is set: its weights are drawn, too
     main.seed_noise(0)
-    return model.draw_pixels(x)
+    return (255 * model.draw_pixels(images / 255)).byte()
 
 
 @torch.no_grad()
-def measure(model: VAE, classifier: Classifier, x, labels) -> dict[str, float]:
-    """The figures of a model on the test digits x, with the noise of seed 0 for every seed."""
-    measures, *_ = main.evaluate(model, x, 1.0, 0)
-    measures_b, *_ = main.evaluate(model, binarised(x), 1.0, 1)  # not the noise that drew it
-    bound = main.mean_bound(model, x, 0)
+def measure(model: VAE, classifier: Classifier, images, labels) -> dict[str, float]:
+    """The figures of a model on the test digits, with the noise of seed 0 for every seed."""
+    measures = main.evaluate(model, images, 1.0, 0).measures
+    measures_b = main.evaluate(model, binarised(images), 1.0, 1).measures  # not its own noise
+    bound = main.mean_bound(model, images, 0)
     main.seed_noise(0)
-    mu, sigma = model.encode(x)
+    mu, sigma = model.encode(images / 255)
     z = model.reparameterize(mu, sigma)
     return {
         "-ELBO": measures["bce"] + measures["kl"],
@@ -189,7 +189,7 @@ def report() -> None:
     @functools.cache  # most are in a row of their own and in a mean
     def figures(run: str) -> dict[str, float] | None:
         model = load(run)
-        return measure(model, classifier, x, test_labels) if model else None
+        return measure(model, classifier, test_images, test_labels) if model else None
 
     for name, runs in rows.items():
         measured = [figures(run) for run in runs if figures(run)]
@@ -198,7 +198,7 @@ def report() -> None:
     for run in kept:
         if run.startswith("elbo") and (model := load(run)):
             for k in (100, 500):
-                bound = main.mean_bound(model, binarised(x), 1, k)
+                bound = main.mean_bound(model, binarised(test_images), 1, k)
                 print(f"{run}: log p(b) >= {bound:.2f} (k = {k})", flush=True)
 
     pair = load("article-0.50"), load("elbo-0.50")

