@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
     """A way to train; --recipe names one."""
 
     model: type[VAE]
-    averaged: bool  # the average of the weights is what is measured, shown and saved
+    averaged: bool  # whether the average of the weights is measured and shown, not the latest
     starts_faster: bool  # with twice the learning rate
 
 
@@ -116,7 +116,7 @@ def fetch_images(dataset: str, data: Path) -> None:
         raw.mkdir(parents=True, exist_ok=True)
         lock = acquire_lock(data / ".lock", patience=600)
     except OSError as error:
-        raise Stop(f"{raw} cannot be written ({error.strerror}).") from error
+        raise cannot_write(raw, error) from error
     try:
         if all(place.exists() for place in places.values()):
             return  # another run has fetched them while this one waited
@@ -147,7 +147,7 @@ def load_pictures(folder: Path) -> Images:
         raise Stop(f"--dataset {folder} has {len(paths)} pictures; a dozen is the least.")
     classes = sorted({path.parent.name for path in paths})
     say(f"{len(paths)} pictures in {folder}, {len(classes)} classes")
-    if others := [path for path in files if path not in paths]:
+    if others := sorted({*files} - {*paths}):
         say(f"{len(others)} other files are left out, such as {others[0]}")
     size = [transforms.Grayscale(), transforms.Resize((28, 28)), transforms.PILToTensor()]
     to_tensor, images = transforms.Compose(size), []
@@ -166,8 +166,9 @@ def load_pictures(folder: Path) -> Images:
 
 
 def seed_noise(seed: int, epoch: int = 0) -> None:
-    """Every epoch has noise of its own, so a run can go on from any as if it had never stopped.
-    All that is measured and shown has that of epoch 0, so that only the model differs.
+    """Start the noise of an epoch. It depends on seed and epoch alone, so a run that goes on is the
+    same as one that never stopped. All that is measured and shown has the noise of epoch 0, so that
+    only the model differs.
     """
     # Multiples of a large number lie far apart, so no epoch of seed 0 has the noise of another
     # seed's. PyTorch's CPU generator takes 32 bits.
@@ -270,8 +271,9 @@ def draw_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
 
 
 def traversal(latent_dim: int) -> tuple[Tensor, int]:
-    """z, row by row, and the number of columns: a row of each unit's way from -3 to 3, the others
-    being 0. Of two units, the plane they span, at the prior's quantiles (Kingma & Welling, fig. 4).
+    """The z of a picture, row by row, and its number of columns. Each row is one unit's way from
+    -3 to 3, while the others are 0. Two units have a picture of the plane that they span, at the
+    prior's quantiles (Kingma & Welling, figure 4).
     """
     if latent_dim == 2:
         quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, 15))
@@ -359,11 +361,16 @@ def load_model(run: Path | str) -> VAE:
 
 # ============================== from here on: what the experiment stands on, and no more of the VAE
 class Stop(Exception):
-    """Ends the program with a sentence; with status 2 where better input mends it, else 1."""
+    """Ends the program with a sentence. Status 2: better input mends it; 1: the run has failed."""
 
     def __init__(self, sentence: str, status: int = 2):
         super().__init__(sentence)
         self.status = status
+
+
+def cannot_write(path: Path, error: OSError, status: int = 2) -> Stop:
+    reason = error.strerror or one_line(error)
+    return Stop(f"{error.filename or path} cannot be written ({reason}).", status)
 
 
 def say(text: str) -> None:
@@ -402,7 +409,7 @@ class Run:
     """A run's folder, its options and its history. Nobody else uses the folder meanwhile."""
 
     def __init__(self, folder: Path, options: dict | None = None):
-        """Of a new, empty folder with these options; without them, of one to go on with."""
+        """With options, a new run in a new or empty folder; without, one to go on with."""
         self.folder, path = folder, folder / "checkpoint.pt"
         try:
             if options:
@@ -414,9 +421,7 @@ class Run:
         except Timeout as error:
             raise Stop(f"{folder} is in use by another process.") from error
         except OSError as error:
-            raise Stop(
-                f"{error.filename or folder} cannot be written ({error.strerror})."
-            ) from error
+            raise cannot_write(folder, error) from error
         self.saved = {}
         self.options, self.history = options, []
         if options:
@@ -454,8 +459,8 @@ class Run:
         self.history.append(row)
 
     def save(self, model: VAE, average: VAE, optimizer: Adam, pictures: dict[str, Tensor]) -> None:
-        """Write the folder's files. A crash can cut off all but the checkpoint, which comes first;
-        when the run goes on, it begins by writing them again.
+        """Write the folder's files. Only the checkpoint is replaced whole; a crash may cut off the
+        others, but a run that goes on writes them again before it trains.
         """
         parts = {"model": model, "average": average, "optimizer": optimizer}
         checkpoint = {"options": self.options, "history": self.history}
@@ -475,8 +480,7 @@ class Run:
             for name, picture in pictures.items():
                 utils.save_image(picture, self.folder / f"{name}.png")
         except OSError as error:
-            fault = f"{error.filename or self.folder} cannot be written ({error.strerror})"
-            raise Stop(f"{fault}.", status=1) from error
+            raise cannot_write(self.folder, error, status=1) from error
 
     def command_to_go_on(self) -> str:
         script = Path(__file__).resolve()
@@ -501,8 +505,10 @@ def read_checkpoint(folder: Path) -> dict:
             if damaged := file.testzip():  # PyTorch does not look at the checksums
                 raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint["history"], list):
+            raise TypeError("history")
         for row in checkpoint["history"]:
-            table_row(**row)  # which fails if it is none
+            table_row(**row)  # which raises if the row is none
         for name, saved in checkpoint["options"].items():
             default = parser.get_default(name)
             if default is not None and saved is not None and type(saved) is not type(default):
@@ -611,8 +617,8 @@ class Dashboard:
         self.viz.image(pictures[name], win=name, opts=opts)
 
     def draw_loss(self, history: list[dict]) -> None:
-        # From where the second third of a logarithmic axis begins: the loss falls so far in the
-        # first that all that follows would lie in the bottom line of the plot.
+        # The loss falls so far at first that all later epochs would lie in the plot's bottom line.
+        # So the first third of the logarithmic axis is left out: the epochs below the cube root.
         first = max(1, int(math.cbrt(len(history))))
         rows = history[first - 1 :]
         curves = {
@@ -643,7 +649,7 @@ class Dashboard:
     def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
         """Where the test images lie in the two units that carry most, a colour for each class."""
         ranked = kl_per_unit.argsort(descending=True).tolist()
-        first, second = sorted((ranked * 2)[:2]) if len(ranked) == 1 else sorted(ranked[:2])
+        first, second = sorted((ranked * 2)[:2])  # a single unit is both axes
         traces = []
         for label, name in enumerate(self.classes):
             x, y = mu[self.labels == label][:, [first, second]].T.tolist()
@@ -725,7 +731,7 @@ class Server:
             home.mkdir(parents=True, exist_ok=True)
             lock = acquire_lock(home / ".lock", patience=600)
         except OSError as error:
-            raise Stop(f"{home}, where Visdom keeps windows, cannot be written.") from error
+            raise cannot_write(home, error) from error
         try:
             with suppress(*NO_ANSWER):
                 return self.greet()  # another run has started it while this one waited
@@ -736,13 +742,14 @@ class Server:
 
     def start_process(self) -> None:
         port = str(urlsplit(self.url).port or 80)
-        # Where the port is taken, Visdom 0.3 would choose another; Tornado would end the server at
-        # any `pip install`; loading lazily, it would answer 500 for a damaged file in ~/.visdom.
+        # First the port is tried, as Visdom 0.3 would choose another if it is taken.
         code = f"import socket; socket.create_server(('127.0.0.1', {port})).close(); "
         code += "from visdom.server import app, run_server as server; "
+        # With autoreload any `pip install` would end the server.
         code += "app.tornado_settings['autoreload'] = False; server.main()"
         # -P: whatever else is called visdom.py or random.py in this folder is not what is meant.
         command = [sys.executable, "-P", "-c", code, "-port", port, "-bind_local"]
+        # Loading lazily, it would answer 500 for each damaged file in ~/.visdom.
         command += ["-eager_data_loading", "-logging_level", "ERROR"]
         # On Windows start_new_session does nothing, and a console of its own has no window.
         apart = {"start_new_session": True}
@@ -775,7 +782,7 @@ class Server:
 
     def look_for_scripts(self) -> None:
         """Without its scripts the page is blank, and a server may have been started without."""
-        if all(self.serves(place) for place in WEB_FILES.values()):
+        if self.has_scripts():
             return
         cause = "this machine cannot give them to it"
         if self.here:
@@ -784,13 +791,15 @@ class Server:
                 cause = "it is not this Python's Visdom; stop it, and main.py starts one"
             except NpmError as error:
                 cause = str(error)
-        if not all(self.serves(place) for place in WEB_FILES.values()):
+        if not self.has_scripts():
             warn(f"The page at {self.url} stays blank, as this Visdom lacks its scripts: {cause}.")
 
-    def serves(self, place: str) -> bool:
-        with suppress(requests.RequestException):
-            return self.http.head(f"{self.url}/static/{place}", timeout=5).status_code != 404
-        return True  # who does not answer now will tell by the first drawing
+    def has_scripts(self) -> bool:
+        with suppress(requests.RequestException):  # if there is no answer, the drawing will tell
+            for place in WEB_FILES.values():
+                if self.http.head(f"{self.url}/static/{place}", timeout=5).status_code == 404:
+                    return False
+        return True
 
     @property
     def page(self) -> str:
@@ -933,32 +942,32 @@ def environment_name(text: str) -> str:
 PAGE = "http://localhost:8097"
 MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
 parser = ArgumentParser(usage="main.py [options]; see --help", description=__doc__.splitlines()[0])
-add = parser.add_argument
-add("--recipe", choices=RECIPES, default="elbo", help="mended, or as in the article (elbo)")
-add("--epochs", type=at_least(1, int), default=1000, metavar="N", help="in all (1000)")
-add("--batch-size", type=at_least(1, int), default=32, metavar="N", help="images a step (32)")
-add("--lr", type=at_least(1e-12, float), default=1e-3, metavar="X", help="Adam's rate (0.001)")
+add, count = parser.add_argument, at_least(1, int)
+add("--recipe", choices=RECIPES, default="elbo", help="the mended one, or the article's (elbo)")
+add("--epochs", type=count, default=1000, metavar="N", help="epochs in all, with those done (1000)")
+add("--batch-size", type=count, default=32, metavar="N", help="images in a step (32)")
+add("--lr", type=at_least(1e-12, float), default=1e-3, metavar="X", help="learning rate (0.001)")
 add("--beta", type=at_least(0, float), default=1.0, metavar="X", help="weight of the KL (1.0)")
-add("--latent-dim", type=at_least(1, int), default=10, metavar="N", help="latent units (10)")
-add("--seed", type=at_least(0, int), default=0, metavar="N", help="same seed, same run (0)")
-add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps; the best (auto)")
-add(
-    "--dataset",
-    type=dataset_name,
-    default="MNIST",
-    metavar="NAME",
-    help=f"{', '.join(DATASETS)} or a folder of pictures (MNIST)",
-)
-add("--data", type=folder_name, default="data", metavar="DIR", help="of the data sets (data)")
-add("--run", type=folder_name, metavar="DIR", help="new folder (runs/<time>-<recipe>-<process>)")
+add("--latent-dim", type=count, default=10, metavar="N", help="number of latent units (10)")
+add("--seed", type=at_least(0, int), default=0, metavar="N", help="the same gives the same run (0)")
+add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps, or the best (auto)")
+dataset_help = f"{', '.join(DATASETS)} or a folder of pictures (MNIST)"
+add("--dataset", type=dataset_name, default="MNIST", metavar="NAME", help=dataset_help)
+add("--data", type=folder_name, default="data", metavar="DIR", help="where data is kept (data)")
+run_help = "new folder for the run (runs/<time>-<recipe>-<process>)"
+add("--run", type=folder_name, metavar="DIR", help=run_help)
 add("--resume", type=folder_name, metavar="DIR", help="go on with the run in this folder (none)")
-add("--visdom", type=server_address, default=PAGE, metavar="URL", help=f"dashboard ({PAGE})")
-add("--env", type=environment_name, default="main", metavar="NAME", help="its page (main)")
+visdom_help = f"Visdom's address; started there if it does not answer ({PAGE})"
+add("--visdom", type=server_address, default=PAGE, metavar="URL", help=visdom_help)
+env_help = "Visdom's environment, a page of its own (main)"
+add("--env", type=environment_name, default="main", metavar="NAME", help=env_help)
 add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
 
 
 def go_on_options(run: Run, arguments: list[str] | None) -> Namespace:
-    """The options to go on with a run: its own, but for those on the command line."""
+    """The options to go on with a run: its own, except those on the command line. (A run that had
+    no dashboard is not asked for: it gets one, unless --no-visdom is given again.)
+    """
     saved = {name: value for name, value in run.options.items() if value is not None}
     saved["data"] = os.path.abspath(saved.get("data", "data"))
     args = parser.parse_args(arguments, Namespace(**saved))
@@ -1042,14 +1051,16 @@ def main(arguments: list[str] | None = None) -> None:
                 run = Run(path.parent if path.name == "checkpoint.pt" else path)
                 at_the_end.callback(run.close)
                 folder, args = run.folder, go_on_options(run, arguments)
+                # It goes on with the data it began with. Only a --data that is given may be empty.
+                may_fetch = args.data != os.path.abspath(run.options.get("data") or "data")
+                run.options = vars(args)
             else:
                 name = time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}-{os.getpid()}")
                 folder = Path(args.run or name)
                 refuse_a_used_folder(folder)
+                may_fetch = True
             device = find_device(args.device)
             args.data = os.path.abspath(args.data)  # --resume may be called from elsewhere
-            # A run goes on with the data it began with, and with no other by mistake.
-            may_fetch = not run or args.data != os.path.abspath(run.options.get("data", "data"))
             images = load_images(args.dataset, args.data, may_fetch)
             if args.visdom:
                 server = Server(args.visdom, args.env)
@@ -1078,7 +1089,7 @@ def main(arguments: list[str] | None = None) -> None:
                 page = f"; dashboard: {dashboard}" if dashboard else ""
                 sentence = f"stopped; epoch {saved} of {args.epochs} is saved{page}. To go on:\n"
                 sentence += run.command_to_go_on()
-        # Not before the exception is gone, and with it any progress bar on the sentence's line.
+        # Printed here, outside the except block, as any progress bar is closed by now.
         with suppress(OSError):
             print(f"main.py: {sentence}", file=sys.stderr)
         raise SystemExit(status)

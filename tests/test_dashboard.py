@@ -348,10 +348,10 @@ def test_two_runs_in_one_environment(start_main, run_main, start_visdom, few_dig
     assert f"Dashboard: {url}/env/main (this Visdom was there already)" in third.stdout
 
 
-@pytest.mark.parametrize("name", ["random", "socket", "visdom"])
-def test_other_files_of_the_folder(start_main, few_digits, url, kill_later, tmp_path, name):
+def test_other_files_of_the_folder(start_main, few_digits, url, kill_later, tmp_path):
     """Python would look for modules there first, were it not told otherwise."""
-    (tmp_path / f"{name}.py").write_text("raise SystemExit('not what is meant')")
+    for name in ("random", "socket", "visdom"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not what is meant')")
     options = ("--epochs", 1, "--data", few_digits, "--visdom", url)
     kill_later(succeeded(finished(start_main(*SMALL, *options))).stdout)
 
