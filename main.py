@@ -37,8 +37,8 @@ from typing import NamedTuple
 from urllib.parse import quote, urlsplit
 
 if __name__ == "__main__":
-    # Until main() takes over: PyTorch takes seconds to import, and Ctrl-C then is no fault.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    # PyTorch takes seconds to import, and Ctrl-C meanwhile is no fault that needs a traceback.
+    at_first = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import requests
 import torch
@@ -142,7 +142,11 @@ def load_pictures(folder: Path) -> Images:
     """
     if not folder.is_dir():
         raise Stop(f"--dataset {folder} is neither a folder nor one of {', '.join(DATASETS)}.")
-    files = sorted(path for path in folder.rglob("[!.]*") if path.is_file())
+    # Neither hidden files nor those in hidden folders, such as a notebook's checkpoints.
+    visible = (
+        path for path in folder.rglob("*") if "/." not in f"/{path.relative_to(folder).as_posix()}"
+    )
+    files = sorted(path for path in visible if path.is_file())
     paths = [path for path in files if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
     if len(paths) < 12:
         raise Stop(f"--dataset {folder} has {len(paths)} pictures; a dozen is the least.")
@@ -1109,4 +1113,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, at_first)
     main()
