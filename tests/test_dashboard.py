@@ -216,7 +216,8 @@ def test_scripts_come_from_npm_where_the_cdns_are_dead(
     for module in bare_visdom.rglob("*.py"):  # as an upgrade of the package would
         module.touch()
     time.sleep(2)
-    os.kill(pid, signal.SIGTERM)  # is still there to be ended
+    assert answers(url)  # still
+    os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not answers(url))
     cut_off["PATH"] = "/nowhere"
     again = succeeded(finished(start_main("--resume", "run", "--epochs", 4, env=cut_off)))
