@@ -67,7 +67,7 @@ RECIPES = {
 
 
 class Images(NamedTuple):
-    """Of 28 x 28 pixels, white on black, as bytes."""
+    """Images of 28 x 28 pixels, as bytes; MNIST's are white on black."""
 
     train: Tensor  # [n, 1, 28, 28]
     test: Tensor  # [m, 1, 28, 28]
@@ -137,8 +137,8 @@ def fetch_images(dataset: str, data: Path) -> None:
 
 
 def load_pictures(folder: Path) -> Images:
-    """Pictures of any size and colour, in a folder for each class or not. Every sixth of them, and
-    so a sixth of each class, is for the test.
+    """Pictures of any size and colour, in a folder for each class or not. Sorted by their
+    folders, every sixth is for the test.
     """
     if not folder.is_dir():
         raise Stop(f"--dataset {folder} is neither a folder nor one of {', '.join(DATASETS)}.")
@@ -426,7 +426,7 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
             elif not path.exists():
                 raise Stop(f"--resume: {path} is not there.")
-            # The lock comes first: what is read is then what will be written over.
+            # The lock comes before the reading, so nobody changes the checkpoint in between.
             self.lock = acquire_lock(folder / ".lock")
         except Timeout as error:
             raise Stop(f"{folder} is in use by another process.") from error
@@ -455,7 +455,7 @@ class Run:
             model.load_state_dict(self.saved["model"])
             average.load_state_dict(self.saved["average"])
             optimizer.load_state_dict(self.saved["optimizer"])
-            # Adam would run over the end of a state of another shape, and take the process along.
+            # With a state of another shape Adam would write past its end and crash the process.
             for parameter, state in optimizer.state.items():
                 if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
                     raise ValueError("Adam's state has another shape")
@@ -515,7 +515,7 @@ def read_checkpoint(folder: Path) -> dict:
         if not isinstance(checkpoint["history"], list):
             raise TypeError("history")
         for row in checkpoint["history"]:
-            table_row(**row)  # which raises if the row is none
+            table_row(**row)  # raises if this is not a row
         for name, saved in checkpoint["options"].items():
             default = parser.get_default(name)
             # Of another type it would fail later, and elsewhere.
@@ -605,8 +605,8 @@ class Dashboard:
 
     def draw(self, history: list[dict], evaluation: Evaluation) -> None:
         # The order fills 1300 x 800: three windows and then four, clear of Visdom's own corner.
-        # /compare/ lays windows of one title over each other, so what differs between two runs that
-        # may be compared is in no title but in a caption, an axis or a legend.
+        # /compare/ lays windows of one title over each other. So only what must not be compared,
+        # like the units of `latent`, is in a title; the rest is in captions, axes and legends.
         epoch, pictures = f"epoch {len(history)}", evaluation.pictures
         self.draw_picture("x", "x: test images", pictures, self.title, 300, 205)
         self.draw_picture("x_hat", "x_hat: reconstructions", pictures, epoch, 300, 205)
@@ -926,7 +926,7 @@ def dataset_name(text: str) -> str:
 def at_least(least: float, number: type):
     def checked(text: str) -> float:
         value = number(text)
-        if not least <= value <= 1e9:  # which refuses what is not a number, too
+        if not least <= value <= 1e9:  # nan is refused, too
             raise ArgumentTypeError(f"{text} is not from {least} to a billion")
         return value
 
@@ -959,7 +959,7 @@ PAGE = "http://localhost:8097"
 MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
 parser = ArgumentParser(usage="main.py [options]; see --help", description=__doc__.splitlines()[0])
 add, count = parser.add_argument, at_least(1, int)
-add("--recipe", choices=RECIPES, default="elbo", help="the mended one, or the article's (elbo)")
+add("--recipe", choices=RECIPES, default="elbo", help="elbo mends what the article does (elbo)")
 add("--epochs", type=count, default=1000, metavar="N", help="epochs in all, with those done (1000)")
 add("--batch-size", type=count, default=32, metavar="N", help="images in a step (32)")
 add("--lr", type=at_least(1e-12, float), default=1e-3, metavar="X", help="learning rate (0.001)")
@@ -973,7 +973,7 @@ add("--data", type=folder_name, default="data", metavar="DIR", help="where data 
 run_help = "new folder for the run (runs/<time>-<recipe>-<process>)"
 add("--run", type=folder_name, metavar="DIR", help=run_help)
 add("--resume", type=folder_name, metavar="DIR", help="go on with the run in this folder (none)")
-visdom_help = f"Visdom's address; started there if it does not answer ({PAGE})"
+visdom_help = f"Visdom's address; on this machine it is started ({PAGE})"
 add("--visdom", type=server_address, default=PAGE, metavar="URL", help=visdom_help)
 env_help = "Visdom's environment, a page of its own (main)"
 add("--env", type=environment_name, default="main", metavar="NAME", help=env_help)
@@ -981,8 +981,8 @@ add("--no-visdom", dest="visdom", action="store_const", const=None, help="no das
 
 
 def go_on_options(run: Run, arguments: list[str] | None) -> Namespace:
-    """The options to go on with a run: its own, except those on the command line. (A run that had
-    no dashboard is not asked for: it gets one, unless --no-visdom is given again.)
+    """The options to go on with a run: its own, except those on the command line. (--no-visdom is
+    not remembered: it has to be given again.)
     """
     saved = {name: value for name, value in run.options.items() if value is not None}
     saved["data"] = os.path.abspath(saved.get("data", "data"))
@@ -1067,7 +1067,7 @@ def main(arguments: list[str] | None = None) -> None:
                 run = Run(path.parent if path.name == "checkpoint.pt" else path)
                 at_the_end.callback(run.close)
                 folder, args = run.folder, go_on_options(run, arguments)
-                # It goes on with the data it began with. Only a --data that is given may be empty.
+                # Nothing is fetched for it, unless the command line names another --data.
                 may_fetch = args.data != os.path.abspath(run.options.get("data") or "data")
                 run.options = vars(args)
             else:
