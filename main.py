@@ -694,6 +694,7 @@ class Server:
         if none answers.
         """
         self.url, self.env, self.process, self.lock = url, env, None, None
+        self.answered = False
         self.here = urlsplit(url).hostname in ("localhost", "127.0.0.1")
         self.http = requests.Session()
         self.http.trust_env = not self.here  # a proxy does not lead back to this machine
@@ -731,6 +732,7 @@ class Server:
             raise Stop(f"--visdom {self.url} is no Visdom in order ({one_line(error)}).") from error
         if answer not in ("true", "false"):
             raise Stop(f"--visdom {self.url} is no Visdom: something else answers there.")
+        self.answered = True
 
     def start(self) -> None:
         """Start Visdom on 127.0.0.1, in a session of its own: Ctrl-C does not reach it."""
@@ -819,7 +821,7 @@ class Server:
 
     def how_to_stop(self) -> str:
         if not self.process:
-            return "(this Visdom was there already)"
+            return "(this Visdom was there already)" if self.answered else ""
         if self.process.poll() is not None:
             return ""
         kill = "taskkill /f /pid" if os.name == "nt" else "kill"
