@@ -515,13 +515,16 @@ class Dashboard:
         curves["kl"] = [row["kl"] for row in rows]
         traces = []
         for name, values in curves.items():
-            newest = f"{values[-1]:.2f}" if values else ""
-            trace = {"name": f"{name} {newest}", "x": [row["epoch"] for row in rows], "y": values}
-            hidden = name in ("bce", "kl")  # until they are clicked on
-            traces.append(trace | {"type": "scatter", "visible": "legendonly" if hidden else True})
-        caption = {"text": f"epoch {len(history)} of {self.run}", "showarrow": False}
-        caption |= {"xref": "paper", "x": 0, "yref": "paper", "y": 1, "yanchor": "bottom"}
-        ticks = {"dtick": 1} if len(rows) < 10 else {"nticks": 6}
+            trace = {"type": "scatter", "name": name, "y": values}
+            trace["x"] = [row["epoch"] for row in rows]
+            # Visdom's page remembers by the name whether a curve has been clicked on.
+            trace["visible"] = "legendonly" if name in ("bce", "kl") else True
+            traces.append(trace)
+        newest = f": -ELBO {curves['-ELBO'][-1]:.2f}" if rows else ""
+        caption = {"text": f"epoch {len(history)} of {self.run}{newest}", "showarrow": False}
+        caption |= {"xref": "paper", "x": 0, "xshift": -35}
+        caption |= {"yref": "paper", "y": 1, "yanchor": "bottom"}
+        ticks = {"nticks": min(6, len(rows))}  # so many at most, and none between epochs
         self.plot("loss", "loss by epoch: nats per image", traces, ticks, annotations=[caption])
 
     def draw_kl(self, kl_per_unit: Tensor, epoch: int) -> None:
@@ -556,7 +559,6 @@ class Dashboard:
         width, height = WINDOW_SIZES[name]
         layout |= {"xaxis": x_axis, "showlegend": True, "font": {"size": 10}}
         layout["margin"] = {"l": 40, "r": 5, "t": 30, "b": 35 if "title" in x_axis else 20}
-        layout["uirevision"] = name  # while this is constant, a curve clicked on stays visible
         opts = {"title": title, "width": width, "height": height}
         self.viz._send({"win": name, "data": traces, "layout": layout, "opts": opts})
 
