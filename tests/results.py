@@ -1,10 +1,10 @@
-"""The figures and the picture of the README: `python tests/results.py` (hours; go on at any time).
+"""The figures and a picture of the README: `python tests/results.py` (takes hours; resumable).
 
-Trains both recipes with three seeds, and the steps from the one recipe to the other, as long as
-STAGES says; all by main.py itself, in runs/results/. What is there already is not repeated, so the
-work can be split among processes and go on after an interruption: `--only RECIPE-SEED ...` trains
-just those, and no more; `--epochs 50` stops there; `--report` trains nothing. Then prints the
-figures of all that is there and writes .github/recipes.png.
+Trains both recipes with three seeds, and the steps between the recipes, for as many epochs as
+STAGES says, all with main.py itself, in runs/results/. Finished parts are not repeated, so the work
+can be split among processes and continued after an interruption: `--only RECIPE-SEED ...` trains
+only those; `--epochs 50` stops there; `--report` trains nothing. Then it prints the figures of all
+finished parts and writes .github/recipes.png.
 """
 
 import argparse
@@ -30,37 +30,37 @@ RUNS = PROJECT / "runs" / "results"
 
 
 class LinearHeads(VAE):
-    """The article with the heads mended alone."""
+    """The article's model with only the encoder's last layer corrected."""
 
     initialize = ArticleVAE.initialize
-    draw_pixels = ArticleVAE.draw_pixels
+    sample_pixels = ArticleVAE.sample_pixels
     reconstruction = ArticleVAE.reconstruction
 
 
 class Bernoulli(ArticleVAE):
-    """The article with the likelihood mended alone."""
+    """The article's model with only the likelihood corrected."""
 
     reconstruction = VAE.reconstruction
 
 
 class Both(LinearHeads):
-    """The article with heads and likelihood mended."""
+    """The article's model with both mistakes corrected."""
 
     reconstruction = VAE.reconstruction
 
 
 class Grey(VAE):
-    """The mended recipe, but for the drawing of pixels."""
+    """The default model, but trained on grey pixels."""
 
-    draw_pixels = ArticleVAE.draw_pixels
+    sample_pixels = ArticleVAE.sample_pixels
 
 
-STEPS = {  # from the one recipe to the other, as rows of main.RECIPES
-    "linear-heads": main.Recipe(LinearHeads, averaged=False, starts_faster=False),
-    "bernoulli": main.Recipe(Bernoulli, averaged=False, starts_faster=False),
-    "both": main.Recipe(Both, averaged=False, starts_faster=False),
-    "grey-slow": main.Recipe(Grey, averaged=True, starts_faster=False),
-    "grey": main.Recipe(Grey, averaged=True, starts_faster=True),
+STEPS = {  # between the two recipes, as rows of main.RECIPES
+    "linear-heads": main.Recipe(LinearHeads, averaged=False, fast_start=False),
+    "bernoulli": main.Recipe(Bernoulli, averaged=False, fast_start=False),
+    "both": main.Recipe(Both, averaged=False, fast_start=False),
+    "grey-slow": main.Recipe(Grey, averaged=True, fast_start=False),
+    "grey": main.Recipe(Grey, averaged=True, fast_start=True),
 }
 main.RECIPES |= STEPS
 STAGES = {  # the epochs after which a run is kept and measured
@@ -88,7 +88,7 @@ def train(name: str, last: int) -> None:
 
 
 class Classifier(nn.Sequential):
-    """Reads the digits that are to be kept; the small network everybody starts with."""
+    """Recognizes digits; the small network everybody starts with."""
 
     def __init__(self):
         super().__init__(
@@ -129,12 +129,20 @@ def load(run: str) -> VAE | None:
 
 
 def binarised(images):
-    """Digits of black and white, drawn once, as a step of the training draws them; for all runs the
-    same. From bytes to bytes, 0 or 255.
+    """Black and white digits, sampled once as in a training step, the same for all runs. From bytes
+    to bytes, 0 or 255.
     """
-    model = VAE()  # before the noise is set: its weights are drawn, too
+    model = VAE()  # before seeding, as its weights are random, too
     main.seed_noise(0)
-    return (255 * model.draw_pixels(images / 255)).byte()
+    return (255 * model.sample_pixels(images / 255)).byte()
+
+
+@torch.no_grad()
+def mean_bound(model: VAE, images, seed: int, k: int = 100) -> float:
+    """The mean importance-weighted bound on log p(x), in nats per image; images as bytes."""
+    main.seed_noise(seed)
+    bounds = [model.importance_weighted_bound(x, k) for x in (images / 255).split(20)]
+    return torch.cat(bounds).mean().item()
 
 
 @torch.no_grad()
@@ -142,7 +150,7 @@ def measure(model: VAE, classifier: Classifier, images, labels) -> dict[str, flo
     """The figures of a model on the test digits, with the noise of seed 0 for every seed."""
     measures = main.evaluate(model, images, 1.0, 0).measures
     measures_b = main.evaluate(model, binarised(images), 1.0, 1).measures  # not its own noise
-    bound = main.mean_bound(model, images, 0)
+    bound = mean_bound(model, images, 0)
     main.seed_noise(0)
     mu, sigma = model.encode(images / 255)
     z = model.reparameterize(mu, sigma)
@@ -198,7 +206,7 @@ def report() -> None:
     for run in kept:
         if run.startswith("elbo") and (model := load(run)):
             for k in (100, 500):
-                bound = main.mean_bound(model, binarised(test_images), 1, k)
+                bound = mean_bound(model, binarised(test_images), 1, k)
                 print(f"{run}: log p(b) >= {bound:.2f} (k = {k})", flush=True)
 
     pair = load("article-0.50"), load("elbo-0.50")

@@ -245,8 +245,13 @@ def test_every_number_on_the_page(run_main, few_digits, page, shared_url, env):
 
 def test_the_page_is_live(start_main, few_digits, page, shared_url, env):
     """And a curve that was clicked on in the legend stays visible."""
-    start_main("--batch-size", 3, "--data", few_digits, "--visdom", shared_url, "--env", env)
-    see(page, lambda: page.goto(f"{shared_url}/env/{env}") and epoch_shown(page) >= 1)
+    options = ("--batch-size", 20, "--data", few_digits, "--visdom", shared_url, "--env", env)
+    process = start_main(*options)
+    address = f"{shared_url}/env/{env}"
+    wait_for(lambda: process.out.exists() and f"Dashboard: {address}" in process.out.read_text())
+    assert answers(address)  # from the moment when it is printed
+    page.goto(address)
+    see(page, lambda: epoch_shown(page) >= 1)
     digits, before, epoch = picture(page, "x"), picture(page, "x_hat"), epoch_shown(page)
     pane(page, "loss").locator(".legendtoggle").nth(2).click()
     visible = "plot => plot._fullData.map(curve => curve.visible)"
@@ -511,7 +516,8 @@ def test_killed_replaced_and_back(start_main, few_digits, page, url, tmp_path):
     with serve(url, Grumpy):
         time.sleep(1)  # another error of the same series is not printed
     with visdom_server(url, tmp_path / "home") as server:
-        see(page, lambda: page.goto(f"{url}/env/main") and epoch_shown(page) >= 1)
+        page.goto(f"{url}/env/main")
+        see(page, lambda: epoch_shown(page) >= 1)
         server.send_signal(signal.SIGSTOP)
         wait_for(lambda: "ReadTimeout" in process.err.read_text())
         epoch = max(int(row["epoch"]) for row in metrics(tmp_path / "run"))
