@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -261,6 +260,25 @@ def npm_with_a_way_out(folder: Path) -> str:
     return fake_npm(folder, way_out + 'exec npm "$@"')
 
 
-@pytest.fixture
-def handlers() -> list:
-    return [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+def readme_changes() -> dict[str, tuple[str, str, str]]:
+    """The changes that the README shows: name -> file, its lines before and after."""
+    (block,) = re.findall(r"```diff\n(.*?)```", README, re.S)
+    changes = {}
+    for file, name, hunk in re.findall(r"@@ (\S+): (.*)\n((?:[-+ ].*\n|\+?\n)+)", block):
+        lines = hunk.splitlines(keepends=True)
+        before, after = ("".join(x[1:] for x in lines if x[0] != sign) for sign in "+-")
+        changes[name] = file, before, after
+    return changes
+
+
+CHANGES = readme_changes()
+
+
+def changed_copy(folder: Path, name: str) -> None:
+    """Puts main.py, vae.py and README.md there, with the README's change of that name made."""
+    for path in ("main.py", "vae.py", "README.md"):
+        shutil.copy(PROJECT / path, folder)
+    script, before, after = CHANGES[name]
+    text = (folder / script).read_text()
+    assert text.count(before) == 1
+    (folder / script).write_text(text.replace(before, after))

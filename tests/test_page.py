@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -350,6 +351,18 @@ def test_two_runs_compared(run_main, few_digits, page, shared_url):
         for env in ("first", "second")
     }
     assert page.get_by_text(re.compile("^latent: ")).count() == (len(titles) == 1)
+
+
+def test_an_eighth_window(environment, few_digits, page, shared_url, env, tmp_path, monkeypatch):
+    """The README's change of main.py, as it would be imported from there."""
+    conftest.changed_copy(tmp_path, "an eighth window")
+    spec = importlib.util.spec_from_file_location("changed", tmp_path / "main.py")
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    options = ("--epochs", 1, "--data", few_digits, "--visdom", shared_url, "--env", env)
+    changed.main([str(option) for option in (*QUICK, *options)])
+    page.goto(f"{shared_url}/env/{env}")
+    expect(page.locator(".react-grid-item")).to_have_count(8)
 
 
 # ---- the server ----

@@ -1,0 +1,110 @@
+"""What the README shows works as written: its programs, its changes, its options."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHANGES, PROJECT, README, SHORT, changed_copy, metrics, succeeded
+from PIL import Image, ImageOps
+
+import main
+
+USE, OWN_DRAWING, OWN_IMAGES = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def run_as_written(block: str) -> dict:
+    names = {"__name__": "__main__"}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
+
+
+def test_using_the_model(run_main, few_digits, tmp_path, capsys):
+    shutil.copytree(few_digits, tmp_path / "data")
+    succeeded(run_main("--epochs", 1, "--no-visdom", "--run", "runs/first"))
+    run_as_written(USE)
+    with Image.open("digits.png") as picture:
+        assert picture.size == (8 * 30 + 2, 4 * 30 + 2)
+    bound = float(re.search(r"log p\(x\) >= (-[\d.]+) nats", capsys.readouterr().out)[1])
+    (row,) = metrics(tmp_path / "runs" / "first")
+    assert -1.5 * (row["bce"] + row["kl"]) < bound < 0
+
+
+def test_a_drawing_of_ones_own(few_digits, environment):
+    digit = main.load_images("MNIST", few_digits).test[0, 0]
+    black_on_white = ImageOps.invert(Image.fromarray(digit.numpy()))
+    black_on_white.convert("RGBA").save("drawing.png")
+    torch.testing.assert_close(run_as_written(OWN_DRAWING)["x"], digit[None, None] / 255)
+
+
+def test_images_of_ones_own(few_digits, environment, monkeypatch, tmp_path):
+    """Forty pictures of two classes: some turned on their side, some transparent."""
+    images = main.load_images("MNIST", few_digits)
+    for label in (1, 7):
+        folder = tmp_path / "pictures" / f"class {label}"
+        folder.mkdir(parents=True)
+        for i, digit in enumerate(images.test[images.labels == label][:20]):
+            picture = Image.fromarray(digit[0].numpy())
+            if i % 3 == 0:
+                exif = Image.Exif()
+                exif[0x0112] = 6  # to be shown turned to the right
+                picture.rotate(90).save(folder / f"{i}.png", exif=exif)
+            elif i % 3 == 1:
+                transparent = Image.new("RGBA", picture.size, (255, 255, 255, 0))
+                ink = Image.new("RGBA", picture.size, "black")
+                transparent.paste(ink, mask=picture)
+                transparent.save(folder / f"{i}.png")
+            else:
+                picture.convert("RGB").resize((56, 56)).save(folder / f"{i}.png")
+    monkeypatch.setattr(main, "load_images", main.load_images)  # to be restored
+    options = [*SHORT, "--data", "pictures", "--batch-size", 8, "--epochs", 2, "--run", "run"]
+    monkeypatch.setattr(sys, "argv", ["own.py", *map(str, options)])
+    names = run_as_written(OWN_IMAGES)
+    assert len(metrics(tmp_path / "run")) == 2
+    own = names["load_images"]("", "pictures")
+    assert own.train.shape == (34, 1, 28, 28) and own.test.shape == (6, 1, 28, 28)
+    assert own.train.dtype == torch.uint8 and own.classes == ["class 1", "class 7"]
+    upright = images.test[images.labels == 7][0, 0]
+    opened = names["open_upright_on_white"]("pictures/class 7/0.png")
+    assert opened.tobytes() == upright.numpy().tobytes()
+    on_white = names["open_upright_on_white"]("pictures/class 7/1.png")
+    assert on_white.getpixel((0, 0)) == 255 and on_white.getextrema()[0] < 50
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if "window" not in name])
+def test_a_changed_model_still_passes_the_tests_of_every_model(tmp_path, name):
+    """In a copy of the project, as a reader would have it, with that change made."""
+    changed_copy(tmp_path, name)
+    shutil.copytree(PROJECT / "tests", tmp_path / "tests")
+    (tmp_path / "data").symlink_to(PROJECT / "data")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/test_model.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_table_of_options():
+    (table,) = re.findall(r"^option \| default \| meaning\n((?:.*\|.*\n)+)", README, re.M)
+    rows = re.findall(r"^(`--.*?) \| (.*?) ?\|", table, re.M)
+    defaults = vars(main.parser.parse_args([]))
+    shown = set()
+    for options, values in rows:
+        names = re.findall(r"`--([\w-]+)", options)
+        for name, value in zip(names, values.replace("`", "").split(", "), strict=True):
+            default = defaults[name.replace("-", "_")]
+            assert value == ("" if default is None else str(default).removesuffix(".0")), name
+            shown.add(name)
+    assert {"recipe", "epochs", "beta", "latent-dim", "resume"} <= shown
+
+
+def test_the_terminal_is_as_shown():
+    head, row = re.findall(r"^    (   epoch.*)\n    (.*)$", README, re.M)[0]
+    assert head == main.HEAD and len(row) == len(head)
+
+
+def test_readme_has_no_dead_links():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert Path(PROJECT, target).exists(), target
