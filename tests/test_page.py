@@ -418,7 +418,7 @@ def test_scripts_that_cannot_be_had_cost_one_line(
     options = ("--epochs", 1, "--data", few_digits, "--visdom", url)
     result = succeeded(run_main(*QUICK, *options))
     kill_later(result.stdout)
-    assert "blank" in result.stdout and "npm is not installed" in result.stdout
+    assert "blank" in result.stdout and "'npm'" in result.stdout
 
 
 def test_visdoms_own_download_where_there_is_no_npm(environment, bare_visdom, monkeypatch):

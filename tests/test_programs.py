@@ -78,6 +78,14 @@ def test_in_a_thread_and_with_the_output_elsewhere(environment, few_digits, tmp_
     assert socket.getdefaulttimeout() is None
 
 
+def test_a_refusal_leaves_no_lock_behind(a_run):
+    """Not even while somebody keeps its traceback, as notebooks do."""
+    with pytest.raises(SystemExit) as kept:
+        main.main([*OPTIONS, "--run", "run"])
+    main.main(["--resume", "run"])
+    assert "not empty" in str(kept.value)
+
+
 @pytest.mark.parametrize("wanted", [None, "3"])
 def test_one_thread_unless_the_user_wants_more(run_main, fewest_digits, monkeypatch, wanted):
     threads, before = [], torch.get_num_threads()
