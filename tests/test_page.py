@@ -147,7 +147,7 @@ def plotted(page, win: str, what: str = "y") -> list:
 
 def epoch_shown(page) -> int:
     caption = pane(page, "loss").locator(".annotation-text")
-    return int(caption.text_content().split()[1]) if caption.count() else -1
+    return int(re.findall(r"\d+", caption.text_content())[0]) if caption.count() else -1
 
 
 def edges(locator) -> tuple[float, float, float, float]:
@@ -166,7 +166,7 @@ def assert_whole(page, address: str, run: Path, curves: int = 2) -> None:
     see(page, lambda: epoch_shown(page) == len(rows))
     caption = pane(page, "loss").locator(".annotation-text")
     newest = f"-ELBO {rows[-1]['bce'] + rows[-1]['kl']:.2f}"
-    assert caption.text_content() == f"epoch {len(rows)} of {run.name}: {newest}"
+    assert caption.text_content() == f"epoch {len(rows)}: {newest} ({run.name})"
     expect(pane(page, "kl")).to_contain_text(f"epoch {len(rows)}")
     see(page, lambda: all(edges(pane(page, win))[3] <= 650 for win in PANES))
     hidden = plotted(page, "loss", "visible").count("legendonly")

@@ -34,7 +34,7 @@ def kernel(environment, tmp_path):
 STATE = """
 import signal, socket, torch
 state = lambda: (signal.getsignal(signal.SIGTERM), socket.getdefaulttimeout(),
-                 torch.get_num_threads())
+                 torch.get_num_threads(), torch.get_rng_state().sum().item())
 torch.set_num_threads(2); before = state()
 """
 

@@ -115,7 +115,7 @@ def test_interrupted(run_main, start_main, few_digits, tmp_path, moment, signum)
     saved = len(load_checkpoint(run)["history"])
     printed = int(re.findall(r"^ *(\d+) ", result.stdout, re.M)[-1])
     assert printed <= saved
-    assert command_to_continue(result.stderr) == ["--resume", "run"]
+    assert command_to_continue(result.stderr) == ["--resume", "run", "--epochs", "500"]
     succeeded(run_main("--resume", "run", "--epochs", saved + 1))
     assert len(metrics(run)) == saved + 1
 
@@ -130,16 +130,23 @@ def test_interrupted_before_anything_is_saved(start_main, unreachable, tmp_path,
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
 
+def listen_to_ctrl_c() -> None:
+    """As in a terminal; a shell's background processes ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_interrupted_in_a_terminal_of_80_columns(environment, mnist):
     """Where tqdm draws: sentence and command stand alone on the last lines, whole."""
     command = [main.__file__, "--no-visdom", "--data", str(mnist), "--run", "run"]
-    terminal = pexpect.spawn(sys.executable, command, 300, dimensions=(24, 80), encoding="utf-8")
+    settings = {"dimensions": (24, 80), "encoding": "utf-8", "preexec_fn": listen_to_ctrl_c}
+    terminal = pexpect.spawn(sys.executable, command, 300, **settings)
     terminal.expect("it/s")
     terminal.sendintr()
     *shown, sentence, command = re.split(r"[\r\n]+", terminal.read().strip())
     terminal.wait()
     assert terminal.exitstatus != 0 and "Traceback" not in "".join(shown)
-    assert command_to_continue(f"{sentence}\n{command}") == ["--resume", "run"]
+    options = ["--resume", "run", "--epochs", "1000"]
+    assert command_to_continue(f"{sentence}\n{command}") == options
     assert max(map(len, shown)) <= 80
 
 

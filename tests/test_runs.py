@@ -61,6 +61,7 @@ def test_help_has_every_option_and_its_default(run_main, monkeypatch):
 BAD = "--epochs=0 --epochs=-3 --epochs=1.5 --batch-size=0 --lr=fast --latent-dim=0 --recipe=none"
 BAD += " --dataset=CIFAR10 --device=abacus --resume=nowhere --speed=11 --env= --env=a+b --env=a?"
 BAD += " --env=a/b --env=a#1 --env=a&b --env=a.b --env=.. --env=<b> --env='q' --env=a\\x"
+BAD += " --resume="  # from a shell's unset variable
 BAD += " --device=mps" if torch.cuda.is_available() else " --device=cuda"
 BAD += f" --device=cuda:{torch.cuda.device_count() + 1}"
 
