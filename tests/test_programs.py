@@ -46,8 +46,8 @@ def test_in_a_notebook(kernel, few_digits, tmp_path):
     cells = [
         STATE,
         f"%run main.py {options} --run first\nassert state() == before",
-        f"import main\nmain.load_model(main.main('{options} --run second'.split()))",
-        "assert state() == before",
+        f"import main; run = main.main('{options} --run second'.split())\nassert state() == before",
+        "main.load_model(run); before = state()",
     ]
     for cell in cells:
         reply = client.execute_interactive(cell, timeout=300, output_hook=lambda message: None)
