@@ -101,7 +101,7 @@ def test_the_table_of_options():
 
 
 def test_the_terminal_is_as_shown():
-    head, row = re.findall(r"^    (   epoch.*)\n    (.*)$", README, re.M)[0]
+    head, row = re.findall(r"^(   epoch.*)\n(.*)$", README, re.M)[0]
     assert head == main.HEAD and len(row) == len(head)
 
 
