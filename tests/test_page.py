@@ -465,14 +465,21 @@ def test_the_page_is_kept_by_a_server_that_is_restarted(run_main, few_digits, pa
 
 
 # ---- whatever is wrong with Visdom costs one line, and the run goes on ----
-class Grumpy(http.server.BaseHTTPRequestHandler):
-    """A server that answers 500 to everything."""
+def stand_in(received: list, status: int = 200, seconds: float = 0):
+    """A server that takes some seconds for a window and then answers the same to everything."""
 
-    def do_POST(self):
-        self.send_error(500)
+    class StandIn(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            time.sleep(seconds if "win" in message else 0)
+            received.append((message.get("win"), self.headers["Authorization"]))
+            self.send_response(status)
+            self.end_headers()
 
-    def log_message(self, *_):
-        pass
+        def log_message(self, *_):
+            pass
+
+    return StandIn
 
 
 class Ssh(socketserver.BaseRequestHandler):
@@ -501,13 +508,13 @@ def serve(url: str, handler):
 
 
 NOWHERE = ("localhost:1", "http://localhost:port", "http://visdom.invalid:8097", "abc", "https://")
-STRANGERS = {"500": Grumpy, "ssh": Ssh}
+STRANGERS = {"500": stand_in([], status=500), "ssh": Ssh, "silence": Silent}
 
 
-@pytest.mark.parametrize("address", [*NOWHERE, *STRANGERS, "silence"])
+@pytest.mark.parametrize("address", [*NOWHERE, *STRANGERS])
 def test_a_wrong_address_costs_one_line(run_main, few_digits, url, tmp_path, monkeypatch, address):
     monkeypatch.setenv("no_proxy", "*")
-    handler = (STRANGERS | {"silence": Silent}).get(address)
+    handler = STRANGERS.get(address)
     address = address if address in NOWHERE else url
     with serve(url, handler) if handler else contextlib.nullcontext():
         options = ("--epochs", 2, "--data", few_digits, "--run", "run", "--visdom", address)
@@ -526,7 +533,7 @@ def test_killed_replaced_and_back(start_main, few_digits, page, url, tmp_path):
         server.kill()
         server.wait()
     wait_for(lambda: "ConnectionError" in process.err.read_text())
-    with serve(url, Grumpy):
+    with serve(url, stand_in([], status=500)):
         time.sleep(1)  # another error of the same series is not printed
     with visdom_server(url, tmp_path / "home") as server:
         page.goto(f"{url}/env/main")
@@ -545,58 +552,39 @@ def test_killed_replaced_and_back(start_main, few_digits, page, url, tmp_path):
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_a_slow_server_holds_up_nothing(start_main, few_digits, url, interrupted):
     """An epoch takes a fraction of a second; a server that wants 2 s a window, 14 s for a page."""
-    windows = []
+    received = []
 
-    class Slow(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if "win" in message:
-                time.sleep(2)
-                windows.append(message["win"])
-            self.send_response(200)
-            self.end_headers()
+    def drawn() -> int:
+        return len([win for win, _ in received if win])
 
-        def log_message(self, *_):
-            pass
-
-    with serve(url, Slow):
+    with serve(url, stand_in(received, seconds=2)):
         options = ("--epochs", 1000 if interrupted else 3, "--data", few_digits, "--visdom", url)
         process = start_main(*QUICK, *options)
         wait_for(lambda: process.trained(3))
-        assert len(windows) < len(PANES)  # the page of epoch 0 is still on its way
+        assert drawn() < len(PANES)  # the page of epoch 0 is still on its way
         if interrupted:
             process.send(signal.SIGINT)
         result = process.finished()
         assert (result.returncode == 0) is not interrupted
         if interrupted:
-            assert len(windows) < len(PANES)  # nobody has waited for it
+            assert drawn() < len(PANES)  # nobody has waited for it
         else:  # it has waited ten seconds for the last page, and no longer
-            assert len(windows) < 2 * len(PANES)
+            assert drawn() < 2 * len(PANES)
             assert "does not show the last epoch" in result.stdout
 
 
 def test_a_visdom_on_this_machine_needs_no_proxy_but_may_need_a_password(
     run_main, few_digits, url, tmp_path, monkeypatch
 ):
-    seen = []
-
-    class Guarded(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            seen.append(self.headers["Authorization"])
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
     (tmp_path / "home" / ".netrc").write_text("machine localhost login me password secret\n")
-    with serve(url, Guarded):
+    received = []
+    with serve(url, stand_in(received)):
         options = ("--epochs", 1, "--data", few_digits, "--visdom", url)
         succeeded(run_main(*QUICK, *options))
     me = base64.b64encode(b"me:secret").decode()
-    assert set(seen) == {f"Basic {me}"}
+    assert {password for _window, password in received} == {f"Basic {me}"}
 
 
 def test_an_error_in_ones_own_drawing_code(run_main, few_digits, shared_url, env, monkeypatch):

@@ -176,13 +176,3 @@ def test_a_process_that_is_held_up_while_it_starts_does_not_undo_another(
     assert_told(run_main(*options, "--data", few_digits), "run", "another process")
     (tmp_path / "go").touch()
     succeeded(held_up.finished())
-
-
-def test_a_second_signal_in_the_same_instant(start_main, few_digits):
-    """Whatever is printed then, the process ends and the run can go on."""
-    process = start_main(*SHORT, "--data", few_digits, "--run", "run")
-    wait_for(process.trained)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        process.send(signum)
-    assert process.finished().returncode != 0
-    assert load_checkpoint(Path("run"))["history"]
