@@ -501,7 +501,7 @@ class Dashboard:
         title_bar = 13
         height = min(height, title_bar + width * picture.shape[1] / picture.shape[2])
         opts = {"title": title, "width": width, "height": height}
-        self.viz.image(picture, win=name, opts=opts)
+        self.viz.image(picture.numpy(), win=name, opts=opts)
 
     def draw_loss(self, history: list[dict]) -> None:
         rows = history[len(history) // 10 :]  # the steep start would flatten all the rest
