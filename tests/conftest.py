@@ -226,6 +226,12 @@ def metrics(run: Path) -> list[dict[str, float]]:
         ]
 
 
+def rows_in(run: Path) -> int:
+    """How many rows metrics.csv has just now, while another process may be writing it."""
+    path = run / "metrics.csv"
+    return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
+
+
 def assert_same_run(run: Path, reference: Path) -> None:
     """Weights, averages, optimizer, metrics (but for seconds) and pictures, to the bit."""
     one, other = load_checkpoint(run), load_checkpoint(reference)

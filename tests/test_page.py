@@ -540,7 +540,7 @@ def test_killed_replaced_and_back(start_main, few_digits, page, url, tmp_path):
         see(page, lambda: epoch_shown(page) >= 1)
         server.send_signal(signal.SIGSTOP)
         wait_for(lambda: "ReadTimeout" in process.err.read_text())
-        epoch = max(int(row["epoch"]) for row in metrics(tmp_path / "run"))
+        epoch = conftest.rows_in(tmp_path / "run")
         wait_for(lambda: process.trained(epoch + 3))  # it trains while Visdom hangs
         server.send_signal(signal.SIGCONT)
         process.send(signal.SIGINT)

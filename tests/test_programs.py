@@ -12,7 +12,7 @@ import threading
 
 import pytest
 import torch
-from conftest import PROJECT, SHORT, metrics, succeeded, wait_for
+from conftest import PROJECT, SHORT, load_checkpoint, metrics, succeeded, wait_for
 from jupyter_client.manager import start_new_kernel
 
 import main
@@ -110,7 +110,8 @@ def test_as_a_program_with_a_name_that_the_output_cannot_encode(
     with subprocess.Popen(command, stdout=subprocess.PIPE, **settings) as process:
         assert any(line.split()[:1] == ["2"] for line in process.stdout)
         process.kill()
-    options = ["--resume", "実験", "--epochs", str(len(metrics(tmp_path / "実験")) + 1)]
+    saved = len(load_checkpoint(tmp_path / "実験")["history"])
+    options = ["--resume", "実験", "--epochs", str(saved + 1)]
     command = [sys.executable, PROJECT / "main.py", *options]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, **settings).stdout
     assert output.splitlines()[-1] == r"Saved in \u5b9f\u9a13"
