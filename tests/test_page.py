@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import string
 import subprocess
 import sys
 import threading
@@ -290,7 +291,8 @@ def draw(environment, few_digits, shared_url, env):
     def draw(history: list[dict], latent_dim: int = 10, letters: bool = False) -> str:
         images = main.load_images("MNIST", few_digits)
         if letters:  # as EMNIST has them
-            images = images._replace(labels=torch.arange(len(images.labels)) % 26 + 1)
+            labels = torch.arange(len(images.labels)) % 26
+            images = images._replace(labels=labels, classes=list(string.ascii_lowercase))
         evaluation = main.evaluate(main.VAE(latent_dim), images.test, beta=1.0, seed=0)
         args = main.parser.parse_args(["--visdom", shared_url, "--env", env])
         main.Dashboard(args, "run", images).draw(history, evaluation)
