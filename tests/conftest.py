@@ -24,7 +24,8 @@ sys.path.insert(0, str(PROJECT))
 import main  # noqa: E402
 
 PICTURES = ("x.png", "x_hat.png", "samples.png", "traversal.png")
-SHORT = ("--no-visdom", "--device", "cpu", "--batch-size", 100)
+QUICK = "--device cpu --batch-size 100"
+SHORT = f"{QUICK} --no-visdom"
 
 torch.set_num_threads(1)  # as main.py does
 
@@ -70,20 +71,24 @@ def fewest_digits(mnist, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def environment(tmp_path, monkeypatch) -> dict[str, str]:
-    """An empty folder to work in, and a user with an empty home who has configured nothing."""
+def environment(few_digits, tmp_path, monkeypatch) -> dict[str, str]:
+    """A folder to work in with a few digits as `data`, and a user with an empty home who has
+    configured nothing.
+    """
     for name in os.environ:
         if name.startswith(("VISDOM_", "OMP_", "MPL")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
+    (tmp_path / "data").symlink_to(few_digits)
     monkeypatch.chdir(tmp_path)
     return dict(os.environ)
 
 
 @pytest.fixture
 def unreachable(environment, monkeypatch) -> None:
-    """A machine that reaches no mirror and has no npm."""
+    """A machine that has no data, reaches no mirror and has no npm."""
+    os.unlink("data")
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
@@ -96,17 +101,16 @@ def unreachable(environment, monkeypatch) -> None:
 def run_main(environment, capsys):
     """Calls main.main(OPTIONS) in this process. Returns status and output, as of a process."""
 
-    def run(*options) -> subprocess.CompletedProcess:
+    def run(options: str) -> subprocess.CompletedProcess:
         capsys.readouterr()
-        arguments = [str(option) for option in options]
         status, message = 0, ""
         try:
-            main.main(arguments)
+            main.main(options.split())
         except SystemExit as ended:  # its code is a status or, with status 1, what to print
             status = ended.code if isinstance(ended.code, int) else 1
             message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
         out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, status, out, err + message)
+        return subprocess.CompletedProcess(options, status, out, err + message)
 
     return run
 
@@ -120,12 +124,11 @@ class Process:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["main"])
 
-    def __init__(self, folder: Path, options: tuple):
+    def __init__(self, folder: Path, options: str):
         self.out = folder / "out.txt"
         self.err = folder / "err.txt"
-        arguments = [str(option) for option in options]
         where = (os.getcwd(), dict(os.environ), self.out, self.err)
-        self.process = self.context.Process(target=run_in_process, args=(arguments, *where))
+        self.process = self.context.Process(target=run_in_process, args=(options.split(), *where))
         self.process.start()
 
     def trained(self, epoch: int = 1) -> bool:
@@ -167,7 +170,7 @@ def start_main(environment, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     processes = []
 
-    def start(*options) -> Process:
+    def start(options: str) -> Process:
         processes.append(Process(tmp_path_factory.mktemp("output"), options))
         return processes[-1]
 
@@ -180,8 +183,7 @@ def start_main(environment, monkeypatch, tmp_path_factory):
 def one_epoch(few_digits, tmp_path_factory) -> Path:
     """The folder of a finished run of one epoch."""
     run = tmp_path_factory.mktemp("one_epoch") / "run"
-    options = (*SHORT, "--epochs", 1, "--data", few_digits, "--run", run)
-    return main.main([str(option) for option in options])
+    return main.main(f"{SHORT} --epochs 1 --data {few_digits} --run {run}".split())
 
 
 @pytest.fixture

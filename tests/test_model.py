@@ -203,8 +203,7 @@ def test_importance_weighted_bound_of_collapsed_units_is_finite(model_class):
 
 @every_recipe
 def test_trained_saved_and_loaded(run_main, few_digits, tmp_path, recipe):
-    options = ("--recipe", recipe, "--latent-dim", 3, "--epochs", 2, "--data", few_digits)
-    succeeded(run_main(*SHORT, *options, "--run", "run"))
+    succeeded(run_main(f"{SHORT} --recipe {recipe} --latent-dim 3 --epochs 2 --run run"))
     first, last = metrics(tmp_path / "run")
     assert last["train_loss"] < first["train_loss"] and math.isfinite(last["test_loss"])
     model = main.load_model(tmp_path / "run")

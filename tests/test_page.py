@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 import torch
 import visdom
-from conftest import SHORT, load_checkpoint, metrics, succeeded, wait_for
+from conftest import QUICK, SHORT, load_checkpoint, metrics, succeeded, wait_for
 from PIL import Image
 from playwright.sync_api import expect
 from torch.distributions import Normal, kl_divergence
@@ -35,7 +35,6 @@ from torch.distributions import Normal, kl_divergence
 import main
 
 PANES = ("x", "x_hat", "loss", "traversal", "kl", "samples", "latent")  # how titles begin
-QUICK = ("--device", "cpu", "--batch-size", 100)  # as SHORT, but with a dashboard
 expect.set_options(timeout=300_000)  # the patience of wait_for
 
 
@@ -202,9 +201,9 @@ def assert_whole(page, address: str, run: Path, curves: int = 2) -> None:
 def test_seven_panes_of_a_finished_run(
     run_main, few_digits, page, shared_url, env, tmp_path, recipe
 ):
-    options = ("--recipe", recipe, "--epochs", 3, "--data", few_digits, "--run", "run")
-    options += ("--visdom", shared_url, "--env", env)
-    result = succeeded(run_main(*QUICK, *options))
+    options = f"--recipe {recipe} --epochs 3 --run run"
+    options += f" --visdom {shared_url} --env {env}"
+    result = succeeded(run_main(f"{QUICK} {options}"))
     address = f"{shared_url}/env/{env}"
     assert f"Dashboard: {address}\n" in result.stdout
     curves = {"elbo": 2, "article": 3}[recipe]  # its test loss is no -ELBO
@@ -215,9 +214,9 @@ def test_seven_panes_of_a_finished_run(
 
 
 def test_every_number_on_the_page(run_main, few_digits, page, shared_url, env):
-    options = ("--epochs", 3, "--latent-dim", 5, "--beta", 0.5, "--data", few_digits)
-    options += ("--run", "run", "--visdom", shared_url, "--env", env)
-    succeeded(run_main(*QUICK, *options))
+    options = "--epochs 3 --latent-dim 5 --beta 0.5"
+    options += f" --run run --visdom {shared_url} --env {env}"
+    succeeded(run_main(f"{QUICK} {options}"))
     page.goto(f"{shared_url}/env/{env}")
     see(page, lambda: len(plotted(page, "latent")) == 10)
     rows = metrics(Path("run"))
@@ -245,10 +244,9 @@ def test_every_number_on_the_page(run_main, few_digits, page, shared_url, env):
     assert plotted(page, "latent", "name") == [str(label) for label in range(10)]
 
 
-def test_the_page_is_live(start_main, few_digits, page, shared_url, env):
+def test_the_page_is_live(start_main, page, shared_url, env):
     """And a curve that was clicked on in the legend stays visible."""
-    options = ("--batch-size", 20, "--data", few_digits, "--visdom", shared_url, "--env", env)
-    process = start_main(*options)
+    process = start_main(f"--batch-size 20 --visdom {shared_url} --env {env}")
     address = f"{shared_url}/env/{env}"
     wait_for(lambda: process.out.exists() and f"Dashboard: {address}" in process.out.read_text())
     assert answers(address)  # from the moment when it is printed
@@ -263,16 +261,14 @@ def test_the_page_is_live(start_main, few_digits, page, shared_url, env):
     assert shown == [True, True, True, "legendonly"]
 
 
-def test_a_page_that_was_open_all_along_has_the_last_epoch(
-    run_main, few_digits, page, shared_url, env
-):
+def test_a_page_that_was_open_all_along_has_the_last_epoch(run_main, page, shared_url, env):
     main.Client(shared_url, env)
     page.goto(f"{shared_url}/env/{env}")
-    options = ("--data", few_digits, "--visdom", shared_url, "--env", env)
-    succeeded(run_main(*QUICK, *options, "--epochs", 10))
+    options = f"--visdom {shared_url} --env {env}"
+    succeeded(run_main(f"{QUICK} {options} --epochs 10"))
     see(page, lambda: epoch_shown(page) == 10)
     # A new run leaves no older curve standing.
-    succeeded(run_main(*QUICK, *options, "--epochs", 2))
+    succeeded(run_main(f"{QUICK} {options} --epochs 2"))
     see(page, lambda: epoch_shown(page) == 2 and len(plotted(page, "loss")[0]) == 2)
 
 
@@ -337,11 +333,11 @@ def test_every_label_is_drawn(draw, page):
     assert len(set(pane(page, "latent").locator(".js-plotly-plot").evaluate(look))) == 26
 
 
-def test_two_runs_compared(run_main, few_digits, page, shared_url):
-    options = ("--data", few_digits, "--visdom", shared_url)
-    succeeded(run_main(*QUICK, *options, "--epochs", 3, "--env", "first"))
-    article = ("--recipe", "article", "--epochs", 2, "--env", "second")
-    succeeded(run_main(*QUICK, *options, *article))
+def test_two_runs_compared(run_main, page, shared_url):
+    options = f"--visdom {shared_url}"
+    succeeded(run_main(f"{QUICK} {options} --epochs 3 --env first"))
+    article = "--recipe article --epochs 2 --env second"
+    succeeded(run_main(f"{QUICK} {options} {article}"))
     page.goto(f"{shared_url}/compare/first+second")
     see(page, lambda: [len(ys) for ys in plotted(page, "loss")] == [3] * 4 + [2] * 5)
     see(page, lambda: [len(bars) for bars in plotted(page, "kl")] == [10, 10])
@@ -355,14 +351,14 @@ def test_two_runs_compared(run_main, few_digits, page, shared_url):
     assert page.get_by_text(re.compile("^latent: ")).count() == (len(titles) == 1)
 
 
-def test_an_eighth_window(environment, few_digits, page, shared_url, env, tmp_path, monkeypatch):
+def test_an_eighth_window(environment, page, shared_url, env, tmp_path):
     """The README's change of main.py, as it would be imported from there."""
     conftest.changed_copy(tmp_path, "an eighth window")
     spec = importlib.util.spec_from_file_location("changed", tmp_path / "main.py")
     changed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(changed)
-    options = ("--epochs", 1, "--data", few_digits, "--visdom", shared_url, "--env", env)
-    changed.main([str(option) for option in (*QUICK, *options)])
+    options = f"--epochs 1 --visdom {shared_url} --env {env}"
+    changed.main(f"{QUICK} {options}".split())
     page.goto(f"{shared_url}/env/{env}")
     expect(page.locator(".react-grid-item")).to_have_count(8)
 
@@ -388,8 +384,7 @@ def test_a_server_of_ones_own(
     for name in ("random", "socket", "visdom"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
     monkeypatch.setenv("PATH", conftest.npm_with_a_way_out(tmp_path / "bin"))
-    options = ("--epochs", 2, "--data", few_digits, "--run", "run", "--visdom", url)
-    result = succeeded(run_main(*QUICK, *options))
+    result = succeeded(run_main(f"{QUICK} --epochs 2 --data {few_digits} --run run --visdom {url}"))
     assert result.stdout.count("Installing the scripts") == 1
     pid = kill_later(result.stdout)
     assert_whole(page, f"{url}/env/main", tmp_path / "run")
@@ -408,7 +403,7 @@ def test_a_server_of_ones_own(
     wait_for(lambda: not answers(url))
     (tmp_path / "home" / ".visdom" / "other.json").write_text('{"jsons": {"x')  # by a full disk
     monkeypatch.setenv("PATH", "/nowhere")
-    again = succeeded(run_main("--resume", "run", "--epochs", 3))
+    again = succeeded(run_main("--resume run --epochs 3"))
     assert "Installing" not in again.stdout
     kill_later(again.stdout)
     assert_whole(page, f"{url}/env/main", tmp_path / "run")
@@ -417,8 +412,7 @@ def test_a_server_of_ones_own(
 def test_scripts_that_cannot_be_had_cost_one_line(
     unreachable, run_main, few_digits, bare_visdom, url, kill_later
 ):
-    options = ("--epochs", 1, "--data", few_digits, "--visdom", url)
-    result = succeeded(run_main(*QUICK, *options))
+    result = succeeded(run_main(f"{QUICK} --epochs 1 --data {few_digits} --visdom {url}"))
     kill_later(result.stdout)
     assert "blank" in result.stdout and "'npm'" in result.stdout
 
@@ -436,29 +430,28 @@ def test_visdoms_own_download_where_there_is_no_npm(environment, bare_visdom, mo
     assert all(Path(file).exists() for file in files)
 
 
-def test_two_first_runs_start_one_server(start_main, few_digits, url, kill_later):
-    options = ("--epochs", 1, "--data", few_digits, "--visdom", url)
-    runs = [start_main(*QUICK, *options, "--run", name, "--env", name) for name in "ab"]
+def test_two_first_runs_start_one_server(start_main, url, kill_later):
+    options = f"--epochs 1 --visdom {url}"
+    runs = [start_main(f"{QUICK} {options} --run {name} --env {name}") for name in "ab"]
     output = "".join(succeeded(run.finished()).stdout for run in runs)
     kill_later(output)
     assert output.count("to stop it: kill") == 1
     assert answers(f"{url}/env/a") and answers(f"{url}/env/b")
 
 
-def test_a_server_that_does_not_start(run_main, few_digits, url, tmp_path, monkeypatch):
+def test_a_server_that_does_not_start(run_main, url, monkeypatch):
     monkeypatch.setattr(main, "SERVER_SCRIPT", "raise SystemExit('broken')")
-    result = run_main(*QUICK, "--epochs", 1, "--data", few_digits, "--visdom", url)
+    result = run_main(f"{QUICK} --epochs 1 --visdom {url}")
     assert result.returncode == 0
     (line,) = result.stderr.splitlines()
     (log,) = re.findall(r"see (\S+\.log)", line)
     assert Path(log).read_text() == "broken\n"
 
 
-def test_the_page_is_kept_by_a_server_that_is_restarted(run_main, few_digits, page, url, tmp_path):
+def test_the_page_is_kept_by_a_server_that_is_restarted(run_main, page, url, tmp_path):
     home = tmp_path / "home"
     with visdom_server(url, home) as server:
-        options = ("--epochs", 2, "--data", few_digits, "--run", "run", "--visdom", url)
-        result = succeeded(run_main(*QUICK, *options))
+        result = succeeded(run_main(f"{QUICK} --epochs 2 --run run --visdom {url}"))
         assert "to stop it" not in result.stdout  # it is not ours
         server.kill()
         server.wait()
@@ -514,23 +507,21 @@ STRANGERS = {"500": stand_in([], status=500), "ssh": Ssh, "silence": Silent}
 
 
 @pytest.mark.parametrize("address", [*NOWHERE, *STRANGERS])
-def test_a_wrong_address_costs_one_line(run_main, few_digits, url, tmp_path, monkeypatch, address):
+def test_a_wrong_address_costs_one_line(run_main, url, tmp_path, monkeypatch, address):
     monkeypatch.setenv("no_proxy", "*")
     handler = STRANGERS.get(address)
     address = address if address in NOWHERE else url
     with serve(url, handler) if handler else contextlib.nullcontext():
-        options = ("--epochs", 2, "--data", few_digits, "--run", "run", "--visdom", address)
-        result = run_main(*QUICK, *options)
+        result = run_main(f"{QUICK} --epochs 2 --run run --visdom {address}")
     assert result.returncode == 0 and len(metrics(tmp_path / "run")) == 2
     (line,) = result.stderr.splitlines()
     assert address.rstrip("/") in line and re.search("Error|Timeout|Invalid", line)
     assert "does not show the last epoch" in result.stdout
 
 
-def test_killed_replaced_and_back(start_main, few_digits, page, url, tmp_path):
+def test_killed_replaced_and_back(start_main, page, url, tmp_path):
     with visdom_server(url, tmp_path / "home") as server:
-        options = ("--epochs", 100_000, "--data", few_digits, "--run", "run", "--visdom", url)
-        process = start_main(*QUICK, *options)
+        process = start_main(f"{QUICK} --epochs 100000 --run run --visdom {url}")
         wait_for(process.trained)
         server.kill()
         server.wait()
@@ -555,7 +546,7 @@ def test_killed_replaced_and_back(start_main, few_digits, page, url, tmp_path):
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_slow_server_holds_up_nothing(start_main, few_digits, url, interrupted):
+def test_a_slow_server_holds_up_nothing(start_main, url, interrupted):
     """An epoch takes a fraction of a second; a server that wants 2 s a window, 14 s for a page."""
     received = []
 
@@ -563,8 +554,7 @@ def test_a_slow_server_holds_up_nothing(start_main, few_digits, url, interrupted
         return len([win for win, _ in received if win])
 
     with serve(url, stand_in(received, seconds=2)):
-        options = ("--epochs", 1000 if interrupted else 3, "--data", few_digits, "--visdom", url)
-        process = start_main(*QUICK, *options)
+        process = start_main(f"{QUICK} --epochs {1000 if interrupted else 3} --visdom {url}")
         wait_for(lambda: process.trained(3))
         assert drawn() < len(PANES)  # the page of epoch 0 is still on its way
         if interrupted:
@@ -579,31 +569,29 @@ def test_a_slow_server_holds_up_nothing(start_main, few_digits, url, interrupted
 
 
 def test_a_visdom_on_this_machine_needs_no_proxy_but_may_need_a_password(
-    run_main, few_digits, url, tmp_path, monkeypatch
+    run_main, url, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
     (tmp_path / "home" / ".netrc").write_text("machine localhost login me password secret\n")
     received = []
     with serve(url, stand_in(received)):
-        options = ("--epochs", 1, "--data", few_digits, "--visdom", url)
-        succeeded(run_main(*QUICK, *options))
+        succeeded(run_main(f"{QUICK} --epochs 1 --visdom {url}"))
     me = base64.b64encode(b"me:secret").decode()
     assert {password for _window, password in received} == {f"Basic {me}"}
 
 
-def test_an_error_in_ones_own_drawing_code(run_main, few_digits, shared_url, env, monkeypatch):
+def test_an_error_in_ones_own_drawing_code(run_main, shared_url, env, monkeypatch):
     monkeypatch.setattr(main.Dashboard, "draw_kl", lambda *_: 1 / 0)
-    options = ("--epochs", 3, "--data", few_digits, "--visdom", shared_url, "--env", env)
-    result = run_main(*QUICK, *options)
+    result = run_main(f"{QUICK} --epochs 3 --visdom {shared_url} --env {env}")
     (line,) = result.stderr.splitlines()
     assert result.returncode == 0 and "ZeroDivisionError" in line
 
 
-def test_without_a_dashboard_and_with_it_again(run_main, few_digits, shared_url, env, tmp_path):
-    options = (*SHORT, "--epochs", 1, "--data", few_digits, "--run", "run")
-    assert "Dashboard" not in succeeded(run_main(*options)).stdout
-    assert "Dashboard" not in succeeded(run_main("--resume", "run", "--epochs", 2)).stdout
-    again = ("--resume", "run", "--epochs", 3, "--visdom", shared_url, "--env", env)
-    assert "Dashboard" in succeeded(run_main(*again)).stdout
+def test_without_a_dashboard_and_with_it_again(run_main, shared_url, env, tmp_path):
+    options = f"{SHORT} --epochs 1 --run run"
+    assert "Dashboard" not in succeeded(run_main(options)).stdout
+    assert "Dashboard" not in succeeded(run_main("--resume run --epochs 2")).stdout
+    again = f"--resume run --epochs 3 --visdom {shared_url} --env {env}"
+    assert "Dashboard" in succeeded(run_main(again)).stdout
     assert load_checkpoint(tmp_path / "run")["options"]["visdom"] == shared_url

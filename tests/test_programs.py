@@ -17,7 +17,7 @@ from jupyter_client.manager import start_new_kernel
 
 import main
 
-OPTIONS = (*map(str, SHORT), "--epochs", "1")
+OPTIONS = f"{SHORT} --epochs 1"
 
 
 @pytest.fixture
@@ -40,13 +40,12 @@ torch.set_num_threads(2); before = state()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
-def test_in_a_notebook(kernel, few_digits, tmp_path):
+def test_in_a_notebook(kernel, tmp_path):
     manager, client = kernel
-    options = " ".join(OPTIONS) + f" --data {few_digits}"
     cells = [
         STATE,
-        f"%run main.py {options} --run first\nassert state() == before",
-        f"import main; run = main.main('{options} --run second'.split())\nassert state() == before",
+        f"%run main.py {OPTIONS} --run first\nassert state() == before",
+        f"import main; run = main.main('{OPTIONS} --run second'.split())\nassert state() == before",
         "main.load_model(run); before = state()",
     ]
     for cell in cells:
@@ -54,9 +53,8 @@ def test_in_a_notebook(kernel, few_digits, tmp_path):
         assert reply["content"]["status"] == "ok", reply["content"]
     assert len(metrics(tmp_path / "first")) == len(metrics(tmp_path / "second")) == 1
 
-    options = options.replace("--epochs 1", "--epochs 100000")
     # By default a kernel also aborts what is sent within an instant after an error.
-    client.execute(f"main.main('{options} --run third'.split())", stop_on_error=False)
+    client.execute(f"main.main('{SHORT} --run third'.split())", stop_on_error=False)
     wait_for((tmp_path / "third" / "metrics.csv").exists)
     manager.interrupt_kernel()
     reply = wait_for(lambda: client.get_shell_msg(timeout=300))
@@ -65,14 +63,13 @@ def test_in_a_notebook(kernel, few_digits, tmp_path):
     assert reply["content"]["status"] == "ok"
 
 
-def test_in_a_thread_and_with_the_output_elsewhere(environment, few_digits, tmp_path):
+def test_in_a_thread_and_with_the_output_elsewhere(environment, tmp_path):
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-    options = [*OPTIONS, "--data", str(few_digits)]
-    thread = threading.Thread(target=main.main, args=([*options, "--run", "thread"],))
+    thread = threading.Thread(target=main.main, args=(f"{OPTIONS} --run thread".split(),))
     thread.start()
     thread.join()
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        main.main([*options, "--run", "redirected"])
+        main.main(f"{OPTIONS} --run redirected".split())
     assert main.HEAD in output.getvalue()
     assert len(metrics(tmp_path / "thread")) == len(metrics(tmp_path / "redirected")) == 1
     assert handlers == [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
@@ -82,45 +79,40 @@ def test_in_a_thread_and_with_the_output_elsewhere(environment, few_digits, tmp_
 def test_a_refusal_leaves_no_lock_behind(a_run):
     """Not even while somebody keeps its traceback, as notebooks do."""
     with pytest.raises(SystemExit) as kept:
-        main.main([*OPTIONS, "--run", "run"])
+        main.main(f"{OPTIONS} --run run".split())
     main.main(["--resume", "run"])
     assert "not empty" in str(kept.value)
 
 
 @pytest.mark.parametrize("wanted", [None, "3"])
-def test_one_thread_unless_the_user_wants_more(run_main, fewest_digits, monkeypatch, wanted):
+def test_one_thread_unless_the_user_wants_more(run_main, monkeypatch, wanted):
     threads, before = [], torch.get_num_threads()
     torch.set_num_threads(3)
     monkeypatch.setattr(main, "experiment", lambda *_: threads.append(torch.get_num_threads()))
     if wanted:
         monkeypatch.setenv("OMP_NUM_THREADS", wanted)
     try:
-        succeeded(run_main(*SHORT, "--epochs", 1, "--data", fewest_digits))
+        succeeded(run_main(OPTIONS))
         assert threads == [int(wanted or 1)] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
 
-def test_as_a_program_with_a_name_that_the_output_cannot_encode(
-    environment, fewest_digits, tmp_path
-):
+def test_as_a_program_with_a_name_that_the_output_cannot_encode(environment, tmp_path):
     """And every row is in a file or pipe as soon as it is printed."""
-    options = [*OPTIONS[:-1], "100000", "--data", str(fewest_digits), "--run", "実験"]
-    command = [sys.executable, PROJECT / "main.py", *options]
+    command = [sys.executable, main.__file__, *SHORT.split(), "--run", "実験"]
     settings = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}, "text": True}
     with subprocess.Popen(command, stdout=subprocess.PIPE, **settings) as process:
         assert any(line.split()[:1] == ["2"] for line in process.stdout)
         process.kill()
     saved = len(load_checkpoint(tmp_path / "実験")["history"])
-    options = ["--resume", "実験", "--epochs", str(saved + 1)]
-    command = [sys.executable, PROJECT / "main.py", *options]
+    command = [sys.executable, main.__file__, "--resume", "実験", "--epochs", str(saved + 1)]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, **settings).stdout
     assert output.splitlines()[-1] == r"Saved in \u5b9f\u9a13"
 
 
-def test_a_closed_output(environment, fewest_digits, tmp_path):
-    options = [*OPTIONS, "--data", str(fewest_digits), "--run", "run"]
-    command = ["sh", "-c", '"$0" "$@" >&-', sys.executable, main.__file__, *options]
-    process = subprocess.run(command, capture_output=True, text=True)
+def test_a_closed_output(environment, tmp_path):
+    command = f"{sys.executable} {main.__file__} {OPTIONS} --run run >&-"
+    process = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert process.returncode == 0 and process.stderr == ""
     assert len(metrics(tmp_path / "run")) == 1

@@ -23,9 +23,8 @@ def run_as_written(block: str) -> dict:
     return names
 
 
-def test_using_the_model(run_main, few_digits, tmp_path, capsys):
-    shutil.copytree(few_digits, tmp_path / "data")
-    succeeded(run_main("--epochs", 1, "--no-visdom", "--run", "runs/first"))
+def test_using_the_model(run_main, tmp_path, capsys):
+    succeeded(run_main("--epochs 1 --no-visdom --run runs/first"))
     run_as_written(USE)
     with Image.open("digits.png") as picture:
         assert picture.size == (8 * 30 + 2, 4 * 30 + 2)
@@ -61,8 +60,8 @@ def test_images_of_ones_own(few_digits, environment, monkeypatch, tmp_path):
             else:
                 picture.convert("RGB").resize((56, 56)).save(folder / f"{i}.png")
     monkeypatch.setattr(main, "load_images", main.load_images)  # to be restored
-    options = [*SHORT, "--data", "pictures", "--batch-size", 8, "--epochs", 2, "--run", "run"]
-    monkeypatch.setattr(sys, "argv", ["own.py", *map(str, options)])
+    options = f"{SHORT} --data pictures --batch-size 8 --epochs 2 --run run"
+    monkeypatch.setattr(sys, "argv", ["own.py", *options.split()])
     names = run_as_written(OWN_IMAGES)
     assert len(metrics(tmp_path / "run")) == 2
     own = names["load_images"]("", "pictures")

