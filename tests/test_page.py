@@ -95,6 +95,18 @@ def shared_url(tmp_path_factory):
 
 
 @pytest.fixture
+def address(shared_url, env) -> str:
+    """The test's own page on the shared server."""
+    return f"{shared_url}/env/{env}"
+
+
+@pytest.fixture
+def shown(shared_url, env) -> str:
+    """Options of a run that is shown there."""
+    return f"{QUICK} --visdom {shared_url} --env {env}"
+
+
+@pytest.fixture
 def url() -> str:
     """An address at which nobody listens."""
     return free_url()
@@ -199,12 +211,9 @@ def assert_whole(page, address: str, run: Path, curves: int = 2) -> None:
 
 @pytest.mark.parametrize("recipe", ["elbo", "article"])
 def test_seven_panes_of_a_finished_run(
-    run_main, few_digits, page, shared_url, env, tmp_path, recipe
+    run_main, few_digits, page, address, shown, tmp_path, recipe
 ):
-    options = f"--recipe {recipe} --epochs 3 --run run"
-    options += f" --visdom {shared_url} --env {env}"
-    result = succeeded(run_main(f"{QUICK} {options}"))
-    address = f"{shared_url}/env/{env}"
+    result = succeeded(run_main(f"{shown} --recipe {recipe} --epochs 3 --run run"))
     assert f"Dashboard: {address}\n" in result.stdout
     curves = {"elbo": 2, "article": 3}[recipe]  # its test loss is no -ELBO
     assert_whole(page, address, tmp_path / "run", curves)
@@ -213,11 +222,9 @@ def test_seven_panes_of_a_finished_run(
     assert np.abs(first - digit).max() < 0.01
 
 
-def test_every_number_on_the_page(run_main, few_digits, page, shared_url, env):
-    options = "--epochs 3 --latent-dim 5 --beta 0.5"
-    options += f" --run run --visdom {shared_url} --env {env}"
-    succeeded(run_main(f"{QUICK} {options}"))
-    page.goto(f"{shared_url}/env/{env}")
+def test_every_number_on_the_page(run_main, few_digits, page, address, shown):
+    succeeded(run_main(f"{shown} --epochs 3 --latent-dim 5 --beta 0.5 --run run"))
+    page.goto(address)
     see(page, lambda: len(plotted(page, "latent")) == 10)
     rows = metrics(Path("run"))
     curves = {name: [row[name] for row in rows] for name in ("train_loss", "test_loss")}
@@ -244,10 +251,9 @@ def test_every_number_on_the_page(run_main, few_digits, page, shared_url, env):
     assert plotted(page, "latent", "name") == [str(label) for label in range(10)]
 
 
-def test_the_page_is_live(start_main, page, shared_url, env):
+def test_the_page_is_live(start_main, page, address, shown):
     """And a curve that was clicked on in the legend stays visible."""
-    process = start_main(f"--batch-size 20 --visdom {shared_url} --env {env}")
-    address = f"{shared_url}/env/{env}"
+    process = start_main(f"{shown} --batch-size 20")
     wait_for(lambda: process.out.exists() and f"Dashboard: {address}" in process.out.read_text())
     assert answers(address)  # from the moment when it is printed
     page.goto(address)
@@ -261,14 +267,15 @@ def test_the_page_is_live(start_main, page, shared_url, env):
     assert shown == [True, True, True, "legendonly"]
 
 
-def test_a_page_that_was_open_all_along_has_the_last_epoch(run_main, page, shared_url, env):
+def test_a_page_that_was_open_all_along_has_the_last_epoch(
+    run_main, page, shared_url, env, address, shown
+):
     main.Client(shared_url, env)
-    page.goto(f"{shared_url}/env/{env}")
-    options = f"--visdom {shared_url} --env {env}"
-    succeeded(run_main(f"{QUICK} {options} --epochs 10"))
+    page.goto(address)
+    succeeded(run_main(f"{shown} --epochs 10"))
     see(page, lambda: epoch_shown(page) == 10)
     # A new run leaves no older curve standing.
-    succeeded(run_main(f"{QUICK} {options} --epochs 2"))
+    succeeded(run_main(f"{shown} --epochs 2"))
     see(page, lambda: epoch_shown(page) == 2 and len(plotted(page, "loss")[0]) == 2)
 
 
@@ -281,7 +288,7 @@ def history_of(epochs: int) -> list[dict]:
 
 
 @pytest.fixture
-def draw(environment, few_digits, shared_url, env):
+def draw(environment, few_digits, address, shown):
     """Draws a history and a random model's evaluation, without a training."""
 
     def draw(history: list[dict], latent_dim: int = 10, letters: bool = False) -> str:
@@ -290,9 +297,9 @@ def draw(environment, few_digits, shared_url, env):
             labels = torch.arange(len(images.labels)) % 26
             images = images._replace(labels=labels, classes=list(string.ascii_lowercase))
         evaluation = main.evaluate(main.VAE(latent_dim), images.test, beta=1.0, seed=0)
-        args = main.parser.parse_args(["--visdom", shared_url, "--env", env])
+        args = main.parser.parse_args(shown.split())
         main.Dashboard(args, "run", images).draw(history, evaluation)
-        return f"{shared_url}/env/{env}"
+        return address
 
     return draw
 
@@ -334,10 +341,9 @@ def test_every_label_is_drawn(draw, page):
 
 
 def test_two_runs_compared(run_main, page, shared_url):
-    options = f"--visdom {shared_url}"
-    succeeded(run_main(f"{QUICK} {options} --epochs 3 --env first"))
-    article = "--recipe article --epochs 2 --env second"
-    succeeded(run_main(f"{QUICK} {options} {article}"))
+    options = f"{QUICK} --visdom {shared_url}"
+    succeeded(run_main(f"{options} --epochs 3 --env first"))
+    succeeded(run_main(f"{options} --recipe article --epochs 2 --env second"))
     page.goto(f"{shared_url}/compare/first+second")
     see(page, lambda: [len(ys) for ys in plotted(page, "loss")] == [3] * 4 + [2] * 5)
     see(page, lambda: [len(bars) for bars in plotted(page, "kl")] == [10, 10])
@@ -351,15 +357,14 @@ def test_two_runs_compared(run_main, page, shared_url):
     assert page.get_by_text(re.compile("^latent: ")).count() == (len(titles) == 1)
 
 
-def test_an_eighth_window(environment, page, shared_url, env, tmp_path):
+def test_an_eighth_window(environment, page, address, shown, tmp_path):
     """The README's change of main.py, as it would be imported from there."""
     conftest.changed_copy(tmp_path, "an eighth window")
     spec = importlib.util.spec_from_file_location("changed", tmp_path / "main.py")
     changed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(changed)
-    options = f"--epochs 1 --visdom {shared_url} --env {env}"
-    changed.main(f"{QUICK} {options}".split())
-    page.goto(f"{shared_url}/env/{env}")
+    changed.main(f"{shown} --epochs 1".split())
+    page.goto(address)
     expect(page.locator(".react-grid-item")).to_have_count(8)
 
 
@@ -581,17 +586,17 @@ def test_a_visdom_on_this_machine_needs_no_proxy_but_may_need_a_password(
     assert {password for _window, password in received} == {f"Basic {me}"}
 
 
-def test_an_error_in_ones_own_drawing_code(run_main, shared_url, env, monkeypatch):
+def test_an_error_in_ones_own_drawing_code(run_main, shown, monkeypatch):
     monkeypatch.setattr(main.Dashboard, "draw_kl", lambda *_: 1 / 0)
-    result = run_main(f"{QUICK} --epochs 3 --visdom {shared_url} --env {env}")
+    result = run_main(f"{shown} --epochs 3")
     (line,) = result.stderr.splitlines()
     assert result.returncode == 0 and "ZeroDivisionError" in line
 
 
-def test_without_a_dashboard_and_with_it_again(run_main, shared_url, env, tmp_path):
+def test_without_a_dashboard_and_with_it_again(run_main, shared_url, tmp_path):
     options = f"{SHORT} --epochs 1 --run run"
     assert "Dashboard" not in succeeded(run_main(options)).stdout
     assert "Dashboard" not in succeeded(run_main("--resume run --epochs 2")).stdout
-    again = f"--resume run --epochs 3 --visdom {shared_url} --env {env}"
-    assert "Dashboard" in succeeded(run_main(again)).stdout
+    again = succeeded(run_main(f"--resume run --epochs 3 --visdom {shared_url}"))
+    assert "Dashboard" in again.stdout
     assert load_checkpoint(tmp_path / "run")["options"]["visdom"] == shared_url
