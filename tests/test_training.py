@@ -277,8 +277,8 @@ def test_averages_include_buffers():
     assert average.num_batches_tracked.dtype == torch.long
 
 
-def test_with_few_steps_an_epoch_the_average_still_moves_in_each(run_main, fewest_digits, tmp_path):
-    """A step an epoch: the first update has all the weight, the next has 10/11."""
+def test_in_short_epochs_the_average_moves_at_every_step(run_main, fewest_digits, tmp_path):
+    """Here, a step an epoch: the first update has all the weight, the next has 10/11."""
     succeeded(run_main(f"{SHORT} --data {fewest_digits} --run run --epochs 1"))
     first = load_checkpoint(tmp_path / "run")["average"]
     succeeded(run_main("--resume run --epochs 2"))
