@@ -62,7 +62,7 @@ def few_digits(mnist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def fewest_digits(mnist, tmp_path_factory) -> Path:
-    """For tests in which only the number of epochs matters: an epoch takes milliseconds."""
+    """A tiny dataset for tests that run many epochs."""
     return first_digits(mnist, tmp_path_factory.mktemp("fewest_digits"), train=100, test=50)
 
 
@@ -70,7 +70,7 @@ def fewest_digits(mnist, tmp_path_factory) -> Path:
 def environment(few_digits, tmp_path, monkeypatch) -> dict[str, str]:
     """A clean home and working folder, with a few digits in `data`."""
     for name in os.environ:
-        if name.startswith(("VISDOM_", "OMP_", "MPL")):
+        if name.startswith(("VISDOM_", "OMP_", "MPL", "PYTHONUNBUFFERED")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
@@ -97,22 +97,23 @@ def run_main(environment, capsys):
 
     def run(options: str) -> subprocess.CompletedProcess:
         capsys.readouterr()
-        status, message = 0, ""
+        status = 0
         try:
             main.main(options.split())
-        except SystemExit as ended:  # its code is a status, or a message to print with status 1
-            status = ended.code if isinstance(ended.code, int) else 1
-            message = "" if isinstance(ended.code, int) else f"{ended.code}\n"
+        except SystemExit as error:
+            status = error.code
         out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(options, status, out, err + message)
+        if isinstance(status, str):  # a message; Python would print it and end with status 1
+            status, err = 1, f"{err}{status}\n"
+        return subprocess.CompletedProcess(options, status, out, err)
 
     return run
 
 
 class Process:
-    """main.main(OPTIONS) in another process, which inherits PyTorch instead of importing it.
+    """main.main(OPTIONS) in a forked process, which need not import PyTorch again.
 
-    It also gets the current folder and environment.
+    It has the current folder and environment.
     """
 
     context = multiprocessing.get_context("forkserver")
@@ -205,10 +206,10 @@ def assert_error(result: subprocess.CompletedProcess, *words) -> None:
 def wait_for(condition, seconds: float = 300):
     """Poll until `condition()` is true and return its value."""
     deadline = time.monotonic() + seconds
-    while not (held := condition()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"timed out after {seconds} s"
         time.sleep(0.005)
-    return held
+    return value
 
 
 def load_checkpoint(run: Path) -> dict:
@@ -255,14 +256,16 @@ def npm_with_digits(folder: Path, raw: Path, before: str = "") -> str:
     return fake_npm(folder / "bin", f"echo >> {folder}/calls\n{before}\n{pack}")
 
 
-OUTSIDE = dict(os.environ)
+ORIGINAL_ENVIRONMENT = dict(os.environ)
 
 
-def npm_with_a_way_out(folder: Path) -> str:
+def npm_with_network(folder: Path) -> str:
     """A PATH where npm, and only npm, has network access."""
-    own = ("HOME", "PATH", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "no_proxy")
-    way_out = "".join(f"export {name}={shlex.quote(OUTSIDE.get(name, ''))}; " for name in own)
-    return fake_npm(folder, way_out + 'exec npm "$@"')
+    names = ["HOME", "PATH"]
+    for proxy in ("http_proxy", "https_proxy", "no_proxy"):
+        names += [proxy, proxy.upper()]
+    exports = [f"export {name}={shlex.quote(ORIGINAL_ENVIRONMENT.get(name, ''))}" for name in names]
+    return fake_npm(folder, "; ".join([*exports, 'exec npm "$@"']))
 
 
 def readme_changes() -> dict[str, tuple[str, str, str]]:

