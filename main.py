@@ -167,7 +167,7 @@ def update_average(average: VAE, model: VAE, updates: int) -> None:
     share = (eta + 1) / (updates + eta + 1)
     latest = model.state_dict()
     for name, mean in average.state_dict().items():  # detached tensors that share its memory
-        mean.copy_(mean + share * (latest[name] - mean))
+        mean.copy_(mean + share * (latest[name] - mean))  # lerp_ would refuse integer buffers
 
 
 # ---- evaluation ----
@@ -184,9 +184,9 @@ class Evaluation(NamedTuple):
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
     """Evaluate on images [m, 1, 28, 28], as bytes.
 
-    The pixels stay grey. Given z, the log-likelihood is linear in them: that of a grey image is the
-    average over all black and white images that could be sampled from it. The encoder may see the
-    grey image, because any q(z) gives a lower bound.
+    The pixels stay grey. Given z, the log-likelihood is linear in the pixels: that of a grey image
+    is the average over all black and white images that could be sampled from it. The encoder may
+    see the grey image, because any q(z) gives a lower bound.
     """
     seed_noise(seed)
     model.eval()
@@ -282,7 +282,7 @@ def experiment(
     print(f"x: {train_images[: args.batch_size].shape}\n{model}\n{HEAD}")
     if history:
         print(table_row(history[-1]))
-    # Also before the first epoch: an early Ctrl-C can be resumed, a finished run is shown again.
+    # Before the first epoch, too: an early Ctrl-C can be resumed, a finished run is shown again.
     save_and_show(evaluate(average, test_images, args.beta, args.seed))
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -296,7 +296,7 @@ def experiment(
             raise RunError(f"loss not finite in epoch {epoch}; start again with a lower --lr.")
         seconds = time.perf_counter() - start
         row = {"epoch": epoch, "seconds": seconds, "train_loss": loss, **evaluation.measures}
-        # A measure may be a NumPy or torch scalar, which weights_only=True would refuse to load.
+        # A measure you add may be a NumPy or torch scalar, which weights_only=True would not load.
         row = {name: x.item() if hasattr(x, "item") else x for name, x in row.items()}
         history.append(row)
         save_and_show(evaluation)
@@ -364,7 +364,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def read_checkpoint(folder: Path) -> dict:
-    """Check and read options, history, and the states of model, average and optimizer."""
+    """Verify checksums, and read options, history, and states of model, average and optimizer."""
     path = folder / "checkpoint.pt"
     try:
         with zipfile.ZipFile(path) as file:
@@ -401,7 +401,7 @@ class Client(visdom.Visdom):
             # Ignore proxies for a server on this machine, but still use ~/.netrc.
             self.http.trust_env = False
             self.http.auth = requests.utils.get_netrc_auth(url)
-        # The constructor creates the environment, even with send=False, which avoids a warning.
+        # send=False avoids a warning; the constructor sends all the same, and creates the page.
         super().__init__(env=env, send=False, use_incoming_socket=False)
 
     def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
@@ -767,7 +767,7 @@ def main(arguments: Sequence[str] = ()) -> Path:
         if not (folder / "checkpoint.pt").exists():
             sys.exit("main.py: interrupted before the training began.")
         options = ["--resume", str(folder), "--epochs", str(args.epochs)]
-        script = getattr(sys.modules["__main__"], "__file__", __file__)  # a notebook has none
+        script = getattr(sys.modules["__main__"], "__file__", __file__)  # none in a notebook
         command = shlex.join(["python", os.path.relpath(script), *options])
         sys.exit(f"main.py: interrupted; all printed epochs are saved. To continue:\n{command}")
     print(f"Saved in {folder}")

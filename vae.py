@@ -7,7 +7,7 @@
 methods it overrides. Its layers have the article's names and positions, so the article's state dict
 loads into it.
 
-All losses and bounds are in nats per image.
+All losses and bounds are in nats per image, except where stated.
 
 References:
     Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114
@@ -117,10 +117,11 @@ class VAE(nn.Module):
         return 0.5 * (mu.square() + sigma.square() - 1) - sigma.log()
 
     def importance_weighted_bound(self, x: Tensor, k: int) -> Tensor:
-        """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016, equation 8).
+        """Black and white x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016,
+        equation 8).
 
         For k = 1 its expectation is the ELBO; it approaches log p(x) as k grows. It needs memory
-        for k * b images. main.py does not use it.
+        for k * b images. main.py does not use it; the README shows how to.
         """
         mu, sigma = self.encode(x)
         # ArticleVAE's sigma can be 0, where q has no density. Any q gives a bound, so widen it.
@@ -150,7 +151,7 @@ class ArticleVAE(VAE):
        ReLU's input is negative there is no gradient to bring it back. After 50 epochs, 7 or 8 of
        the ten units have mu = 0 and sigma near 1 for every test digit: they carry no information.
     2. Squared error plus KL is the negative ELBO of Gaussian pixels with variance 1/2. For pixels
-       in [0, 1] that variance is so large that most units would cost more KL than they save.
+       in [0, 1] that variance is so large that some units would cost more KL than they save.
     """
 
     def __init__(self, latent_dim: int = 10):
