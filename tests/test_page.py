@@ -263,9 +263,13 @@ def test_a_page_that_was_open_all_along_has_the_last_epoch(
     page.goto(address)
     succeeded(run_main(f"{dashboard} --epochs 10"))
     wait_for_page(page, lambda: epoch_shown(page) == 10)
+    # Plotly can get new data without drawing it.
+    drawn = pane(page, "loss").locator(".scatterlayer .trace").first.locator(".point")
+    expect(drawn).to_have_count(9)
     # A new run replaces the old curves.
     succeeded(run_main(f"{dashboard} --epochs 2"))
     wait_for_page(page, lambda: [len(ys) for ys in plotted(page, "loss")] == [2] * 4)
+    expect(drawn).to_have_count(2)
 
 
 def history_of(epochs: int) -> list[dict]:
