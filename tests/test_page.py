@@ -431,8 +431,10 @@ def test_page_scripts_without_npm(environment, bare_visdom, monkeypatch):
 def test_two_first_runs_start_one_server(start_main, url, kill_later):
     options = f"--epochs 1 --visdom {url}"
     runs = [start_main(f"{QUICK} {options} --run {name} --env {name}") for name in "ab"]
-    output = "".join(run.finished().stdout for run in runs)
+    results = [run.finished() for run in runs]
+    output = "".join(result.stdout for result in results)
     kill_later(output)
+    assert [result.returncode for result in results] == [0, 0]
     assert output.count("to stop it: kill") == 1
 
 
