@@ -7,7 +7,8 @@
 methods it overrides. Its layers have the article's names and positions, so the article's state dict
 loads into it.
 
-All losses and bounds are in nats per image, except where stated.
+All losses and bounds are in nats per image; only `forward`, the article's interface, returns a KL
+per pixel.
 
 References:
     Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114
@@ -42,13 +43,14 @@ class VAE(nn.Module):
             nn.ReLU(),
             nn.Linear(64, 256),
             nn.ReLU(),
-            nn.Linear(256, 784),
-            nn.Sigmoid(),  # part of the article's decoder; `logits` leaves it out
+            nn.Linear(256, 784),  # log-odds: `decode` applies the sigmoid
         )
         self.initialize()
 
     def initialize(self) -> None:
-        """He initialization of every linear layer, even the last ones, which no ReLU follows.
+        """He initialization of every linear layer, also of the last ones, which no ReLU follows:
+        smaller weights there train slightly worse. Other layers keep PyTorch's initialization,
+        which is better for convolutions (tests/RESULTS.md has the figures).
 
         PyTorch's default weights are too small for ReLU networks: at first z hardly changes the
         decoded image, so the KL can switch off a latent unit before the decoder uses it.
@@ -58,9 +60,9 @@ class VAE(nn.Module):
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
                 nn.init.zeros_(layer.bias)
 
-    def sample_pixels(self, x: Tensor) -> Tensor:
-        """Sample the black and white pixels that a training step sees. Each is 1 with its grey
-        value as the probability (Burda et al. 2016, section 5).
+    def binarize(self, x: Tensor) -> Tensor:
+        """Grey x in [0, 1] -> black and white x, sampled anew for every training step. A pixel is 1
+        with its grey value as the probability (Burda et al. 2016, section 5).
         """
         return (torch.rand_like(x) < x).float()  # twice as fast as torch.bernoulli on a CPU
 
@@ -82,17 +84,16 @@ class VAE(nn.Module):
 
         The likelihood is computed from logits: a sigmoid can round to 0, and log 0 is infinite.
         """
-        decoder_without_sigmoid = self.decoder[:-1]
-        return decoder_without_sigmoid(z)
+        return self.decoder(z)
 
     def decode(self, z: Tensor) -> Tensor:
         """z [b, latent_dim] -> x_hat [b, 1, 28, 28] in [0, 1], the mean of p(x|z)."""
-        return self.decoder(z).view(-1, 1, 28, 28)
+        return self.logits(z).sigmoid().view(-1, 1, 28, 28)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] -> x_hat, of the same shape, and kld, a scalar in nats per pixel.
 
-        The article's interface. Training uses `losses` instead.
+        The article's interface, kept as it is there. Training uses `losses` instead.
         """
         mu, sigma = self.encode(x)
         x_hat = self.decode(self.reparameterize(mu, sigma))
@@ -101,27 +102,39 @@ class VAE(nn.Module):
     def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] -> the reconstruction loss and the KL, averaged over the batch.
 
-        In `VAE`, their sum is the negative evidence lower bound (ELBO), estimated with one sample
-        of z per image (Kingma & Welling 2014, equations 7 and 10).
+        main.py minimizes reconstruction + beta * KL. In `VAE`, their sum is the negative evidence
+        lower bound (ELBO), estimated with one sample of z per image (Kingma & Welling 2014,
+        equations 7 and 10).
+
+        Override this method for another objective, such as free bits or an importance-weighted
+        bound: what it returns is trained, and measured as `test_loss`. `reconstruction` and `kl`
+        should stay what they are, as main.py also measures the ELBO of every model.
         """
         mu, sigma = self.encode(x)
         logits = self.logits(self.reparameterize(mu, sigma))
         return self.reconstruction(logits, x).mean(), self.kl(mu, sigma).sum(1).mean()
 
     def reconstruction(self, logits: Tensor, x: Tensor) -> Tensor:
-        """-log p(x|z) of each image: logits [b, 784], x [b, 1, 28, 28] -> [b]."""
+        """-log p(x|z) of each image: logits [b, 784], x [b, 1, 28, 28] -> [b].
+
+        Override this for other pixels, as ArticleVAE does. `log_likelihood` is a function of its
+        own because it measures every model, whatever its pixels are in training.
+        """
         return -log_likelihood(logits, x)
 
     def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """KL(N(mu, sigma²) || N(0, 1)) per unit, [b, latent_dim] (Kingma & Welling, appendix B)."""
+        """KL(q(z|x) || p(z)), exact and per unit, [b, latent_dim] (Kingma & Welling, appendix B).
+
+        For another prior, change `importance_weighted_bound` and main.py's samples, too.
+        """
         return 0.5 * (mu.square() + sigma.square() - 1) - sigma.log()
 
     def importance_weighted_bound(self, x: Tensor, k: int) -> Tensor:
-        """Black and white x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016,
-        equation 8).
+        """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016, equation 8).
 
-        For k = 1 its expectation is the ELBO; it approaches log p(x) as k grows. It needs memory
-        for k * b images. main.py does not use it; the README shows how to.
+        x should be black and white; for grey pixels, it is a bound on the mean log p of the images
+        that `VAE.binarize` samples from them. For k = 1 its expectation is the ELBO; it approaches
+        log p(x) as k grows. It needs memory for k * b images.
         """
         mu, sigma = self.encode(x)
         # ArticleVAE's sigma can be 0, where q has no density. Any q gives a bound, so widen it.
@@ -151,7 +164,8 @@ class ArticleVAE(VAE):
        ReLU's input is negative there is no gradient to bring it back. After 50 epochs, 7 or 8 of
        the ten units have mu = 0 and sigma near 1 for every test digit: they carry no information.
     2. Squared error plus KL is the negative ELBO of Gaussian pixels with variance 1/2. For pixels
-       in [0, 1] that variance is so large that some units would cost more KL than they save.
+       in [0, 1] that variance is so large that some units would add more to the KL than they
+       would take from the squared error.
     """
 
     def __init__(self, latent_dim: int = 10):
@@ -161,8 +175,8 @@ class ArticleVAE(VAE):
     def initialize(self) -> None:
         pass  # PyTorch's default, as in the article
 
-    def sample_pixels(self, x: Tensor) -> Tensor:
-        """Return x itself: the article trains on grey values."""
+    def binarize(self, x: Tensor) -> Tensor:
+        """Return x itself: the article trains on grey pixels."""
         return x
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,5 +188,7 @@ class ArticleVAE(VAE):
         return (logits.sigmoid() - x.flatten(1)).square().sum(1)
 
     def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
-        """As in `VAE`, but the article's 1e-8 keeps it finite: 8.7 + mu² / 2 at sigma = 0."""
+        """As in `VAE`, but the article's 1e-8 keeps it finite: at sigma = 0 it is
+        0.5 * (mu² - log 1e-8 - 1) = 8.7 + mu² / 2.
+        """
         return 0.5 * (mu.square() + sigma.square() - torch.log(1e-8 + sigma.square()) - 1)

@@ -12,7 +12,6 @@ Only main.py's loop runs on one thread and flushes subnormal numbers; both are s
 """
 
 import argparse
-import copy
 import os
 import platform
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import nn, optim
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
@@ -49,9 +49,7 @@ class Examples(VAE):
         nn.Module.__init__(self)
         self.latent_dim = 20
         self.encoder = nn.Sequential(nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 40))
-        self.decoder = nn.Sequential(
-            nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 784), nn.Sigmoid()
-        )
+        self.decoder = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 784))
 
     def encode(self, x):
         mu, logvar = self.encoder(x.flatten(1)).chunk(2, dim=1)
@@ -108,16 +106,21 @@ class OurLoop:
     def __init__(self, recipe: str, images: torch.Tensor, batch_size=32, lr=1e-3):
         main.seed_noise(0)
         self.args = argparse.Namespace(batch_size=batch_size, lr=lr, beta=1.0)
-        self.recipe, self.images = main.RECIPES[recipe], images
-        self.model = self.recipe.model()
-        self.measured = copy.deepcopy(self.model) if self.recipe.averaged else self.model
+        self.images = images
+        model, averaged, fast_start = main.RECIPES[recipe]
+        self.model = self.measured = model()
+        self.average = None
+        if averaged:
+            self.average = AveragedModel(self.model, avg_fn=main.polynomial_decay, use_buffers=True)
+            self.measured = self.average.module
         self.optimizer = optim.Adam(self.model.parameters(), lr, fused=True)
+        factor = main.fast_start if fast_start else lambda epochs_done: 1.0
+        self.schedule = optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def train(self, epoch: int) -> None:
-        if self.recipe.fast_start:
-            self.optimizer.param_groups[0]["lr"] = main.learning_rate(self.args.lr, epoch)
-        learners = self.model, self.measured, self.optimizer
+        learners = self.model, self.average, self.optimizer
         main.train(self.args, *learners, self.images, epoch)
+        self.schedule.step()
 
 
 class Products:
@@ -153,8 +156,7 @@ def seconds_of_an_epoch(loop, epoch: int) -> float:
 
 def negative_elbo(loop, test_images: torch.Tensor) -> float:
     torch.set_num_threads(1)
-    measures = main.evaluate(loop.measured, test_images, 1.0, 0).measures
-    return measures["bce"] + measures["kl"]
+    return main.evaluate(loop.measured, test_images, 1.0, 0).measures["neg_elbo"]
 
 
 def print_table(repeats: int, limit: float) -> None:

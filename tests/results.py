@@ -33,7 +33,7 @@ class LinearHeads(VAE):
     """The article's model with only the encoder's last layer corrected."""
 
     initialize = ArticleVAE.initialize
-    sample_pixels = ArticleVAE.sample_pixels
+    binarize = ArticleVAE.binarize
     reconstruction = ArticleVAE.reconstruction
 
 
@@ -52,7 +52,7 @@ class Both(LinearHeads):
 class Grey(VAE):
     """The default model, but trained on grey pixels."""
 
-    sample_pixels = ArticleVAE.sample_pixels
+    binarize = ArticleVAE.binarize
 
 
 STEPS = {  # between the two recipes, as rows of main.RECIPES
@@ -134,7 +134,7 @@ def binarised(images):
     """
     model = VAE()  # before seeding, as its weights are random, too
     main.seed_noise(0)
-    return (255 * model.sample_pixels(images / 255)).byte()
+    return (255 * model.binarize(images / 255)).byte()
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def measure(model: VAE, classifier: Classifier, images, labels) -> dict[str, flo
     mu, sigma = model.encode(images / 255)
     z = model.reparameterize(mu, sigma)
     return {
-        "-ELBO": measures["bce"] + measures["kl"],
+        "-ELBO": measures["neg_elbo"],
         "bce": measures["bce"],
         "KL": measures["kl"],
         "log p(x) >=": bound,
@@ -165,7 +165,7 @@ def measure(model: VAE, classifier: Classifier, images, labels) -> dict[str, flo
         "units with sigma = 0 on every digit": (sigma == 0).all(0).sum().item(),
         "% kept, z": classifier.share_read_as(labels, model.decode(z)),
         "% kept, mu": classifier.share_read_as(labels, model.decode(mu)),
-        "-ELBO, binarised": measures_b["bce"] + measures_b["kl"],
+        "-ELBO, binarised": measures_b["neg_elbo"],
     }
 
 
