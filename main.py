@@ -750,9 +750,11 @@ def resumed_options(arguments: Sequence[str], saved: dict) -> Namespace:
     for name, value in saved.items():
         if name not in MAY_CHANGE and getattr(args, name) != value:
             raise RunError(f"{name} is {value} in this run; --resume cannot change it.")
-    for name, known in (("recipe", RECIPES), ("dataset", DATASETS)):
-        if saved[name] not in known:
-            raise RunError(f"unknown {name} {saved[name]}; continue with the script that began it.")
+    if args.recipe not in RECIPES or args.dataset not in DATASETS:
+        raise RunError(
+            f"recipe {args.recipe!r} or data set {args.dataset!r} is not known here; continue this "
+            "run with the script that began it."
+        )
     return args
 
 

@@ -118,11 +118,11 @@ class Process:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["main"])
 
-    def __init__(self, folder: Path, options: str):
+    def __init__(self, folder: Path, options: str, target):
         self.out = folder / "out.txt"
         self.err = folder / "err.txt"
         where = os.getcwd(), dict(os.environ), self.out, self.err
-        self.process = self.context.Process(target=run_script, args=(options, *where))
+        self.process = self.context.Process(target=target, args=(options, *where))
         self.process.start()
 
     def trained(self, epoch: int = 1) -> bool:
@@ -159,12 +159,13 @@ def run_script(options: str, folder: str, environ: dict[str, str], out: Path, er
 
 
 @pytest.fixture
-def start_main(environment, tmp_path_factory):
+def start_main(environment, tmp_path_factory, monkeypatch):
     """The processes are killed at the end of the test."""
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))  # where the fork server finds main.py
     processes = []
 
-    def start(options: str) -> Process:
-        processes.append(Process(tmp_path_factory.mktemp("output"), options))
+    def start(options: str, target=run_script) -> Process:
+        processes.append(Process(tmp_path_factory.mktemp("output"), options, target))
         return processes[-1]
 
     yield start
