@@ -675,9 +675,9 @@ def install_page_scripts() -> None:
     except Exception as error:
         from visdom.server.build import download_scripts  # slow to import, and rarely needed
 
-        download_scripts()
+        download_scripts()  # logs its errors
         if not all(place.exists() for place in files.values()):
-            print(f"The dashboard stays blank, as its scripts cannot be installed: {error}.")
+            raise RunError("the scripts of Visdom's page cannot be downloaded") from error
 
 
 def fetch_from_npm(files: dict[str, Path], md5: dict[str, str] | None = None) -> None:

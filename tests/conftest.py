@@ -4,13 +4,16 @@
 `start_main(OPTIONS)` runs main.py as a script in another process, which can be interrupted.
 """
 
+import contextlib
 import csv
+import itertools
 import multiprocessing
 import os
 import re
 import runpy
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -19,6 +22,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -184,6 +188,42 @@ def one_epoch(few_digits, tmp_path_factory) -> Path:
 def a_run(one_epoch, environment, tmp_path) -> Path:
     """A copy of `one_epoch` in the working folder: `--resume run`."""
     return shutil.copytree(one_epoch, tmp_path / "run")
+
+
+# ---- servers ----
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.count(20_000 + 500 * WORKER)  # outgoing connections have higher ones
+
+
+def free_url() -> str:
+    """A URL with a port that no other test uses."""
+    for number in PORTS:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", number))
+            return f"http://localhost:{number}"
+
+
+POST = requests.Session.post
+
+
+def patient_post(*arguments, timeout, **keywords):
+    """Wait longer than three seconds for an answer of Visdom, as this machine may be busy."""
+    return POST(*arguments, timeout=PATIENCE, **keywords)
+
+
+@pytest.fixture
+def patient(monkeypatch) -> None:
+    monkeypatch.setattr(requests.Session, "post", patient_post)
+
+
+def port(url: str) -> int:
+    return int(url.rpartition(":")[2])
+
+
+@pytest.fixture
+def url() -> str:
+    """A local URL without a server."""
+    return free_url()
 
 
 # ---- what a run has done ----

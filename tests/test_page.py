@@ -1,35 +1,33 @@
-"""The dashboard in a real browser, headless Chromium, with a real Visdom server."""
+"""The page: seven windows on a real Visdom server, seen in headless Chromium; and the server that
+main.py starts. What happens when a server fails is in test_server.py.
+"""
 
 import base64
 import contextlib
-import http.server
 import io
 import itertools
-import json
 import os
-import random
 import re
 import runpy
 import shutil
 import signal
 import socket
-import socketserver
 import string
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
+import fake_npm
 import numpy as np
+import pexpect
 import pytest
-import requests
 import torch
 import visdom
-from conftest import QUICK, load_checkpoint, metrics, succeeded, wait_for
+from conftest import PATIENCE, QUICK, metrics, port, succeeded, wait_for
 from filelock import FileLock
 from PIL import Image
 from playwright.sync_api import expect
@@ -38,7 +36,7 @@ from torch.distributions import Normal, kl_divergence
 import main
 
 PANES = ("x", "x_hat", "loss", "traversal", "kl", "samples", "latent")  # how titles begin
-expect.set_options(timeout=300_000)  # as wait_for
+expect.set_options(timeout=1000 * PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -56,20 +54,8 @@ def browser_context_args() -> dict:
 
 @pytest.fixture
 def page(page):
-    page.set_default_timeout(300_000)
+    page.set_default_timeout(1000 * PATIENCE)
     return page
-
-
-def free_url() -> str:
-    """A URL with a free port, outside the range of outgoing connections."""
-    while True:
-        with socket.socket() as free, contextlib.suppress(OSError):
-            free.bind(("127.0.0.1", random.SystemRandom().randrange(20_000, 30_000)))
-            return f"http://localhost:{free.getsockname()[1]}"
-
-
-def port(url: str) -> int:
-    return int(url.rpartition(":")[2])
 
 
 def answers(url: str) -> bool:
@@ -99,7 +85,7 @@ def visdom_server(url: str, home: Path):
 @pytest.fixture(scope="session")
 def shared_url(tmp_path_factory):
     """The URL of a server shared by the tests that do not start or stop one."""
-    url = free_url()
+    url = conftest.free_url()
     with visdom_server(url, tmp_path_factory.mktemp("visdom")):
         yield url
 
@@ -111,26 +97,9 @@ def address(shared_url, env) -> str:
 
 
 @pytest.fixture
-def patient(monkeypatch) -> None:
-    """The client waits longer than three seconds for a server, as this machine may be slow."""
-    post = requests.Session.post
-
-    def patient_post(*arguments, timeout, **keywords):
-        return post(*arguments, timeout=300, **keywords)
-
-    monkeypatch.setattr(requests.Session, "post", patient_post)
-
-
-@pytest.fixture
 def dashboard(shared_url, env, patient) -> str:
     """Options for a run that is shown there."""
     return f"{QUICK} --visdom {shared_url} --env {env}"
-
-
-@pytest.fixture
-def url() -> str:
-    """A local URL without a server."""
-    return free_url()
 
 
 @pytest.fixture
@@ -193,11 +162,12 @@ def edges(locator) -> tuple[float, float, float, float]:
 def assert_shows(page, address: str, run: Path) -> None:
     """All seven panes are there and show the last epoch of this run."""
     rows = metrics(run)
-    elbo = rows[-1]["bce"] + rows[-1]["kl"]
     page.goto(address)
     expect(page.locator(".react-grid-item")).to_have_count(7)
     caption = pane(page, "loss").locator(".annotation-text")
-    expect(caption).to_have_text(f"epoch {len(rows)}: -ELBO {elbo:.2f} ({run.name})")
+    expect(caption).to_have_text(
+        f"epoch {len(rows)}: -ELBO {rows[-1]['neg_elbo']:.2f} ({run.name})"
+    )
     expect(pane(page, "kl")).to_contain_text(f"epoch {len(rows)}")
 
 
@@ -232,10 +202,9 @@ def test_every_number_on_the_page(run_main, few_digits, page, address, dashboard
     page.goto(address)
     wait_for_page(page, lambda: len(plotted(page, "latent")) == 10)
     rows = metrics(Path("run"))
-    curves = {name: [row[name] for row in rows] for name in ("train_loss", "test_loss")}
-    curves["elbo"] = [row["bce"] + row["kl"] for row in rows]
-    curves |= {name: [row[name] for row in rows] for name in ("bce", "kl")}
-    assert plotted(page, "loss") == [pytest.approx(ys) for ys in curves.values()]
+    columns = ("train_loss", "test_loss", "neg_elbo", "bce", "kl")
+    curves = [[row[column] for row in rows] for column in columns]
+    assert plotted(page, "loss") == [pytest.approx(ys) for ys in curves]
     assert plotted(page, "loss", "x") == [[1, 2, 3]] * 5
     assert plotted(page, "loss", "name") == ["train", "test", "-ELBO", "bce", "kl"]
 
@@ -274,18 +243,19 @@ def test_a_page_that_was_open_all_along_has_the_last_epoch(
 
 def history_of(epochs: int) -> list[dict]:
     """A made-up history in which the losses fall."""
-    rows = [
-        {"epoch": n, "train_loss": 50 + 50 / n, "bce": 30 + 50 / n} for n in range(1, epochs + 1)
-    ]
-    return [row | {"test_loss": row["train_loss"], "kl": 20} for row in rows]
+    rows = [{"epoch": n, "bce": 30 + 50 / n, "kl": 20} for n in range(1, epochs + 1)]
+    losses = ("train_loss", "test_loss", "neg_elbo")
+    return [row | dict.fromkeys(losses, row["bce"] + row["kl"]) for row in rows]
 
 
 @pytest.fixture
 def draw(environment, few_digits, address, dashboard):
     """Draw a history and the evaluation of an untrained model."""
 
-    def draw(history: list[dict], latent_dim: int = 10, letters: bool = False) -> str:
+    def draw(history, latent_dim=10, letters=False, few_white=False) -> str:
         images = main.load_images("MNIST", few_digits)
+        if few_white:
+            images = images._replace(test=255 - images.test[:10] // 9)
         if letters:  # as EMNIST has them
             labels = torch.arange(len(images.labels)) % 26
             images = images._replace(labels=labels, classes=list(string.ascii_lowercase))
@@ -310,6 +280,31 @@ def test_the_loss_is_readable_at_any_epoch(draw, page, epochs):
         assert epochs == 1 or 50 / first - 50 / epochs > 0.7 * (top - bottom)
         ticks = pane(page, "loss").locator(".xtick").all_text_contents()
         assert ticks and all(tick.isdigit() for tick in ticks)
+    if epochs == 1:
+        (tick,) = pane(page, "loss").locator(".xtick text").all()
+        point = pane(page, "loss").locator(".scatterlayer .point").first
+        (left, _, right, _), (point_left, _, point_right, _) = edges(tick), edges(point)
+        assert tick.text_content() == "1" and abs(left + right - point_left - point_right) < 4
+
+
+def test_before_the_first_epoch_there_is_no_empty_grid(draw, page):
+    page.goto(draw(history_of(0)))
+    expect(pane(page, "loss")).to_contain_text("epoch 0 (run)")
+    expect(pane(page, "loss").locator(".gridlayer path")).to_have_count(0)
+
+
+def test_few_and_white_images(draw, page):
+    """The panes stay where they are, and the images have edges."""
+    page.goto(draw(history_of(3)))
+    wait_for_page(page, lambda: epoch_shown(page) == 3)
+    places = {win: edges(pane(page, win)) for win in PANES}
+    draw(history_of(4), few_white=True)
+    wait_for_page(page, lambda: epoch_shown(page) == 4)
+    row = picture(page, "x")[14]
+    assert row[5] > 0.99 and row[1] < 0.8 and row[33] < 0.8  # an image, and beside it
+    page.reload()
+    wait_for_page(page, lambda: epoch_shown(page) == 4)
+    wait_for_page(page, lambda: {win: edges(pane(page, win)) for win in PANES} == places)
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 10, 50])
@@ -321,7 +316,8 @@ def test_any_number_of_units_fits_the_page(draw, page, latent_dim):
     title = "unit 1 across, unit 2 up" if latent_dim == 2 else f"row = unit 1 to {latent_dim}, "
     expect(pane(page, "traversal")).to_contain_text(title)
     rows, columns = (15, 15) if latent_dim == 2 else (latent_dim, 9)
-    assert picture(page, "traversal").shape == (rows * 32 - 4, columns * 32 + 4)
+    height = max(rows, 4) * 32 - 4
+    assert picture(page, "traversal").shape == (height, columns * 32 + 4)
 
 
 def test_every_label_is_drawn(draw, page):
@@ -375,14 +371,14 @@ def bare_visdom(tmp_path, monkeypatch) -> Path:
     return copy.parent
 
 
-@conftest.needs_npm
+@fake_npm.needs_npm
 def test_main_starts_a_server(
     unreachable, run_main, few_digits, bare_visdom, page, url, kill_later, tmp_path, monkeypatch
 ):
     """It installs scripts from npm, once, listens on localhost only, does not import PyTorch, and
     survives the run and package upgrades.
     """
-    monkeypatch.setenv("PATH", conftest.npm_with_network(tmp_path / "bin"))
+    monkeypatch.setenv("PATH", fake_npm.with_network(tmp_path / "bin"))
     result = run_main(f"{QUICK} --epochs 2 --data {few_digits} --run run --visdom {url}")
     pid = kill_later(result.stdout)
     assert succeeded(result).stdout.count("Installing the scripts") == 1
@@ -394,38 +390,53 @@ def test_main_starts_a_server(
 
     for module in bare_visdom.rglob("*.py"):  # as in a package upgrade
         module.touch()
-    time.sleep(2)
-    wait_for(lambda: answers(url))
+    again = succeeded(run_main("--resume run --epochs 12"))
+    assert "to stop it" not in again.stdout
+    assert_shows(page, f"{url}/env/main", tmp_path / "run")
+
     os.kill(pid, signal.SIGTERM)
     wait_for(lambda: not answers(url))
     monkeypatch.setenv("PATH", "/nowhere")
-    again = run_main("--resume run --epochs 3")
+    again = run_main("--resume run --epochs 13")
     kill_later(again.stdout)
     assert "Installing" not in succeeded(again).stdout
     assert_shows(page, f"{url}/env/main", tmp_path / "run")
 
 
-@pytest.mark.usefixtures("bare_visdom")
-def test_missing_page_scripts_are_reported(unreachable, run_main, few_digits, url, kill_later):
+def test_ctrl_c_in_a_terminal_does_not_end_the_server(environment, url, kill_later):
+    """A terminal sends it to all processes of its foreground group."""
+    command = f"{main.__file__} {QUICK} --visdom {url}".split()
+    terminal = pexpect.spawn(sys.executable, command, timeout=PATIENCE, encoding="utf-8")
+    terminal.expect(r"to stop it: kill \d+")
+    kill_later(terminal.after)
+    terminal.expect(r"\r +1 +\d+\.")  # the first row
+    terminal.sendintr()
+    assert "To continue" in terminal.read()
+    terminal.wait()
+    assert answers(url)
+
+
+@pytest.mark.parametrize("visdom_can", [True, False])
+def test_page_scripts_without_npm(
+    unreachable, run_main, few_digits, bare_visdom, url, kill_later, monkeypatch, visdom_can
+):
+    """Visdom's own download, replaced by a stub. It fails without an exception."""
+    files = [bare_visdom / "visdom" / "static" / place for place in main.PAGE_SCRIPTS.values()]
+
+    def download_scripts():
+        for file in files if visdom_can else files[1:]:
+            file.parent.mkdir(exist_ok=True)
+            file.touch()
+
+    stub = SimpleNamespace(download_scripts=download_scripts)
+    monkeypatch.setitem(sys.modules, "visdom.server.build", stub)
     result = run_main(f"{QUICK} --epochs 1 --data {few_digits} --visdom {url}")
-    kill_later(result.stdout)
-    (line,) = [line for line in succeeded(result).stdout.splitlines() if "blank" in line]
-    assert "'npm'" in line
-
-
-def test_page_scripts_without_npm(environment, bare_visdom, monkeypatch):
-    """Visdom's own download is replaced by a stub."""
-    files = [str(bare_visdom / "visdom" / "static" / place) for place in main.PAGE_SCRIPTS.values()]
-    download = f"from pathlib import Path\ndef download_scripts():\n    for place in {files}:\n"
-    download += "        Path(place).parent.mkdir(exist_ok=True)\n        Path(place).touch()\n"
-    build = bare_visdom / "visdom" / "server" / "build.py"
-    assert "def download_scripts(" in build.read_text()
-    build.write_text(download)
-    (bare_visdom / "visdom" / "__init__.py").write_text("")
-    (bare_visdom / "visdom" / "server" / "__init__.py").write_text("")
-    monkeypatch.setenv("PATH", "/nowhere")
-    main.install_page_scripts()
-    assert all(Path(file).exists() for file in files)
+    if visdom_can:
+        kill_later(succeeded(result).stdout)
+        assert all(file.exists() for file in files)
+    else:
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 0 and "scripts" in line and "to stop it" not in result.stdout
 
 
 def test_two_first_runs_start_one_server(start_main, url, kill_later):
@@ -436,15 +447,6 @@ def test_two_first_runs_start_one_server(start_main, url, kill_later):
     kill_later(output)
     assert [result.returncode for result in results] == [0, 0]
     assert output.count("to stop it: kill") == 1
-
-
-def test_a_server_that_does_not_start(run_main, url, monkeypatch):
-    monkeypatch.setattr(main, "SERVER_SCRIPT", "raise SystemExit('broken')")
-    result = run_main(f"{QUICK} --epochs 1 --visdom {url}")
-    assert result.returncode == 0
-    (line,) = result.stderr.splitlines()
-    (log,) = re.findall(r"see (\S+\.log)", line)
-    assert Path(log).read_text() == "broken\n"
 
 
 def test_the_page_is_kept_by_a_server_that_is_restarted(run_main, page, url, tmp_path):
@@ -458,125 +460,16 @@ def test_the_page_is_kept_by_a_server_that_is_restarted(run_main, page, url, tmp
         assert_shows(page, f"{url}/env/main", tmp_path / "run")
 
 
-# ---- an error of Visdom prints one line and does not stop the run ----
-def stand_in(received: list, status: int = 200, seconds: float = 0):
-    """A server that answers everything with `status`, and windows after some seconds."""
-
-    class StandIn(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            time.sleep(seconds if "win" in message else 0)
-            received.append((message.get("win"), self.headers["Authorization"]))
-            self.send_response(status)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
-    return StandIn
-
-
-class Silent(socketserver.BaseRequestHandler):
-    """A server that accepts connections but never answers."""
-
-    def handle(self):
-        time.sleep(30)
-
-
-@contextlib.contextmanager
-def serve(url: str, handler):
-    socketserver.ThreadingTCPServer.allow_reuse_address = True
-    with socketserver.ThreadingTCPServer(("127.0.0.1", port(url)), handler) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield
-        finally:
-            server.shutdown()
-
-
-BAD_URLS = ("http://localhost:port", "http://visdom.invalid:8097", "abc")
-BAD_SERVERS = {"500": stand_in([], status=500), "silence": Silent}
-
-
-@pytest.mark.parametrize("bad", [*BAD_URLS, *BAD_SERVERS])
-def test_a_bad_server_prints_one_error(run_main, url, tmp_path, monkeypatch, bad):
-    monkeypatch.setenv("no_proxy", "*")
-    handler = BAD_SERVERS.get(bad)
-    bad_url = url if handler else bad
-    with serve(url, handler) if handler else contextlib.nullcontext():
-        result = run_main(f"{QUICK} --epochs 2 --run run --visdom {bad_url}")
-    assert result.returncode == 0 and len(metrics(tmp_path / "run")) == 2
-    (line,) = result.stderr.splitlines()
-    assert bad_url in line and re.search("Error|Timeout|Invalid", line)
-    assert "does not show the last epoch" in result.stdout
-
-
-def test_the_dashboard_recovers_when_the_server_returns(start_main, page, url, tmp_path):
+def test_the_page_comes_back_with_its_server(start_main, page, url, tmp_path):
+    """Also where the new server has not kept it."""
     with visdom_server(url, tmp_path / "home") as server:
         process = start_main(f"{QUICK} --epochs 100000 --run run --visdom {url}")
         wait_for(process.trained)
         server.kill()
         server.wait()
     wait_for(lambda: "Error" in process.err.read_text())
-    received = []
-    with serve(url, stand_in(received, status=500)):
-        wait_for(lambda: len(received) > 3)  # another error of the same series is not printed
-    saved = conftest.rows_in(tmp_path / "run")
-    with visdom_server(url, tmp_path / "home"):
+    saved = len(metrics(tmp_path / "run"))
+    with visdom_server(url, tmp_path / "another home"):
+        wait_for(lambda: answers(f"{url}/env/main"))
         page.goto(f"{url}/env/main")
-        wait_for_page(page, lambda: epoch_shown(page) > saved)  # the server has kept older ones
-        process.send(signal.SIGINT)
-        result = process.finished()
-    assert "The run goes on" in result.stderr and "HTTPError" not in result.stderr
-
-
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_slow_server_does_not_delay_training(start_main, url, interrupted):
-    """Each window takes 2 s, so a page takes 14 s; an epoch takes far less."""
-    received = []
-
-    def drawn() -> int:
-        return len([win for win, _ in received if win])
-
-    with serve(url, stand_in(received, seconds=2)):
-        process = start_main(f"{QUICK} --epochs {100000 if interrupted else 3} --visdom {url}")
-        wait_for(lambda: process.trained(3))
-        assert drawn() < len(PANES)  # epoch 0 is still being drawn
-        if interrupted:
-            process.send(signal.SIGINT)
-        result = process.finished()
-        assert (result.returncode == 0) is not interrupted
-        if interrupted:
-            assert drawn() < len(PANES)  # an interrupted run does not wait
-        else:  # it has waited ten seconds for the last page, and no longer
-            assert drawn() < 2 * len(PANES)
-            assert "does not show the last epoch" in result.stdout
-
-
-def test_a_local_server_ignores_proxies_and_uses_netrc(run_main, url, tmp_path, monkeypatch):
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("NO_PROXY", "")
-    (tmp_path / "home" / ".netrc").write_text("machine localhost login me password secret\n")
-    received = []
-    with serve(url, stand_in(received)):
-        succeeded(run_main(f"{QUICK} --epochs 1 --visdom {url}"))
-    me = base64.b64encode(b"me:secret").decode()
-    assert {password for _window, password in received} == {f"Basic {me}"}
-
-
-def test_a_drawing_error_does_not_stop_training(run_main, dashboard, monkeypatch):
-    monkeypatch.setattr(main.Dashboard, "draw_kl", lambda *_: 1 / 0)
-    result = run_main(f"{dashboard} --epochs 3")
-    (line,) = result.stderr.splitlines()
-    assert result.returncode == 0 and "ZeroDivisionError" in line
-
-
-@pytest.mark.usefixtures("patient")
-def test_no_visdom_and_resuming_with_a_dashboard(run_main, a_run, shared_url):
-    assert "Dashboard" not in succeeded(run_main("--resume run --epochs 2")).stdout
-    again = succeeded(run_main(f"--resume run --epochs 3 --visdom {shared_url}"))
-    assert "Dashboard" in again.stdout
-    assert load_checkpoint(a_run)["options"]["visdom"] == shared_url
+        wait_for_page(page, lambda: epoch_shown(page) > saved)
