@@ -737,7 +737,7 @@ add("--data", default="data", metavar="DIR", help="where data sets are")
 folders = parser.add_mutually_exclusive_group()
 folders.add_argument("--run", metavar="DIR", help="new folder, else runs/<time>-<recipe>-<suffix>")
 folders.add_argument("--resume", metavar="DIR", help="folder of a run to continue")
-add("--visdom", type=server_url, default="localhost:8097", metavar="URL", help="dashboard")
+add("--visdom", type=server_url, default="http://localhost:8097", metavar="URL", help="server")
 add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
 add("--env", type=page_name, default="main", metavar="NAME", help="Visdom environment, a page")
 

@@ -276,10 +276,11 @@ def readme_changes() -> dict[str, tuple[str, str, str]]:
 
 
 def changed_copy(folder: Path, name: str) -> None:
-    """Copy the project's scripts to a folder and make this edit of the README."""
+    """Copy the project's scripts to a folder and make the edit whose name begins like this."""
     for path in ("main.py", "vae.py", "README.md"):
         shutil.copy(PROJECT / path, folder)
-    script, before, after = readme_changes()[name]
+    changes = readme_changes().items()
+    ((script, before, after),) = (change for full, change in changes if full.startswith(name))
     text = (folder / script).read_text()
     assert text.count(before) == 1
     (folder / script).write_text(text.replace(before, after))
