@@ -7,8 +7,7 @@
 methods it overrides. Its layers have the article's names and positions, so the article's state dict
 loads into it.
 
-All losses and bounds are in nats per image; only `forward`, the article's interface, returns a KL
-per pixel.
+All losses and bounds are in nats per image, except for the KL that `forward` returns.
 
 References:
     Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114
@@ -48,12 +47,12 @@ class VAE(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """He initialization of every linear layer, also of the last ones, which no ReLU follows:
-        smaller weights there train slightly worse. Other layers keep PyTorch's initialization,
-        which is better for convolutions (tests/RESULTS.md has the figures).
+        """He initialization of every linear layer; call it again after replacing layers.
 
         PyTorch's default weights are too small for ReLU networks: at first z hardly changes the
-        decoded image, so the KL can switch off a latent unit before the decoder uses it.
+        decoded image, so the KL can switch off a latent unit before the decoder uses it. The last
+        layers have no ReLU, but smaller weights made them slightly worse. Convolutions keep
+        PyTorch's initialization, which made them better (tests/RESULTS.md).
         """
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -74,8 +73,8 @@ class VAE(nn.Module):
     def reparameterize(self, mu: Tensor, sigma: Tensor) -> Tensor:
         """Sample z ~ N(mu, sigma²) with the reparameterization trick.
 
-        Drawing z directly would have no gradient. As a function of independent noise, z has one
-        with respect to mu and sigma (Kingma & Welling 2014, section 2.4).
+        Gradients cannot pass through direct sampling, but z as a function of independent noise has
+        gradients with respect to mu and sigma (Kingma & Welling 2014, section 2.4).
         """
         return mu + sigma * torch.randn_like(sigma)
 
@@ -93,7 +92,7 @@ class VAE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] -> x_hat, of the same shape, and kld, a scalar in nats per pixel.
 
-        The article's interface, kept as it is there. Training uses `losses` instead.
+        The article's interface, for those who come from there; main.py does not use it.
         """
         mu, sigma = self.encode(x)
         x_hat = self.decode(self.reparameterize(mu, sigma))
@@ -102,13 +101,12 @@ class VAE(nn.Module):
     def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] -> the reconstruction loss and the KL, averaged over the batch.
 
-        main.py minimizes reconstruction + beta * KL. In `VAE`, their sum is the negative evidence
-        lower bound (ELBO), estimated with one sample of z per image (Kingma & Welling 2014,
-        equations 7 and 10).
+        In `VAE`, their sum is the negative evidence lower bound (ELBO), estimated with one sample
+        of z per image (Kingma & Welling 2014, equations 7 and 10).
 
-        Override this method for another objective, such as free bits or an importance-weighted
-        bound: what it returns is trained, and measured as `test_loss`. `reconstruction` and `kl`
-        should stay what they are, as main.py also measures the ELBO of every model.
+        main.py trains the first plus beta times the second, and measures the same on all test
+        images at once as `test_loss`. Put another objective here, such as free bits, and not into
+        `kl`, from which the ELBO is measured. One without two parts is returned as (loss, 0).
         """
         mu, sigma = self.encode(x)
         logits = self.logits(self.reparameterize(mu, sigma))
@@ -117,27 +115,30 @@ class VAE(nn.Module):
     def reconstruction(self, logits: Tensor, x: Tensor) -> Tensor:
         """-log p(x|z) of each image: logits [b, 784], x [b, 1, 28, 28] -> [b].
 
-        Override this for other pixels, as ArticleVAE does. `log_likelihood` is a function of its
-        own because it measures every model, whatever its pixels are in training.
+        Override this for another likelihood, as ArticleVAE does. `bce` in metrics.csv is measured
+        with `log_likelihood` all the same, so that models can be compared.
         """
         return -log_likelihood(logits, x)
 
     def kl(self, mu: Tensor, sigma: Tensor) -> Tensor:
         """KL(q(z|x) || p(z)), exact and per unit, [b, latent_dim] (Kingma & Welling, appendix B).
 
-        For another prior, change `importance_weighted_bound` and main.py's samples, too.
+        Another prior also needs another `importance_weighted_bound`, and in main.py other samples
+        (`make_pictures`) and another `traversal`.
         """
         return 0.5 * (mu.square() + sigma.square() - 1) - sigma.log()
 
     def importance_weighted_bound(self, x: Tensor, k: int) -> Tensor:
         """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016, equation 8).
 
-        x should be black and white; for grey pixels, it is a bound on the mean log p of the images
-        that `VAE.binarize` samples from them. For k = 1 its expectation is the ELBO; it approaches
-        log p(x) as k grows. It needs memory for k * b images.
+        The pixels are Bernoulli variables, whatever the model's `reconstruction` is. For black and
+        white x, the bound approaches log p(x) as k grows; for k = 1 its expectation is the ELBO.
+        For grey x, it bounds the mean over the images that `VAE.binarize` samples from x. It needs
+        memory for k * b images.
         """
         mu, sigma = self.encode(x)
-        # ArticleVAE's sigma can be 0, where q has no density. Any q gives a bound, so widen it.
+        # ArticleVAE's sigma can be 0, where q has no density. The bound holds for any q, so a
+        # minimum is allowed.
         sigma = sigma.clamp(min=1e-4)
         eps = torch.randn(k, *mu.shape, dtype=mu.dtype, device=mu.device)
         z = mu + sigma * eps
@@ -149,10 +150,7 @@ class VAE(nn.Module):
 
 
 def log_likelihood(logits: Tensor, x: Tensor) -> Tensor:
-    """log p(x|z) of Bernoulli pixels: logits [..., b, 784], x [b, 1, 28, 28] -> [..., b].
-
-    Used to evaluate every model, whatever its training loss. Its negative is `bce` in metrics.csv.
-    """
+    """log p(x|z) of Bernoulli pixels: logits [..., b, 784], x [b, 1, 28, 28] -> [..., b]."""
     pixels = x.flatten(1).expand_as(logits)
     return -F.binary_cross_entropy_with_logits(logits, pixels, reduction="none").sum(-1)
 

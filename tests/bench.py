@@ -114,7 +114,7 @@ class OurLoop:
             self.average = AveragedModel(self.model, avg_fn=main.polynomial_decay, use_buffers=True)
             self.measured = self.average.module
         self.optimizer = optim.Adam(self.model.parameters(), lr, fused=True)
-        factor = main.fast_start if fast_start else lambda epochs_done: 1.0
+        factor = main.learning_rate_factor if fast_start else lambda epochs_done: 1.0
         self.schedule = optim.lr_scheduler.LambdaLR(self.optimizer, factor)
 
     def train(self, epoch: int) -> None:

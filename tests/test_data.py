@@ -100,17 +100,6 @@ def test_a_row_of_ones_own(run_main, own, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "run")["optimizer"]["state"][0]["step"] == 3
 
 
-def test_a_run_continues_only_with_its_own_data_set(run_main, own, tmp_path, monkeypatch):
-    (tmp_path / "pictures").mkdir()
-    succeeded(run_main(f"{SHORT} --dataset own --data pictures --epochs 1 --run run"))
-    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    monkeypatch.delitem(main.DATASETS, "own")
-    result = run_main("--resume run --epochs 2")
-    assert_error(result, "data set 'own'", "the script that began it")
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    assert not list((tmp_path / "pictures").iterdir())
-
-
 def test_a_run_continues_only_with_its_own_recipe(run_main, tmp_path, monkeypatch):
     monkeypatch.setitem(main.RECIPES, "own", main.RECIPES["elbo"])
     succeeded(run_main(f"{SHORT} --recipe own --epochs 1 --run run"))

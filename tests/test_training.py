@@ -17,7 +17,6 @@ from conftest import SHORT, first_digits, load_checkpoint, metrics, succeeded
 from PIL import Image
 from torch import nn
 from torch.distributions import Bernoulli, Normal
-from torch.optim.lr_scheduler import StepLR
 from torchvision import datasets
 from torchvision.utils import make_grid
 
@@ -263,14 +262,6 @@ def test_a_second_parameter_group_and_another_optimizer(
     assert rates[9] == pytest.approx(1e-5 * (20 / 10) ** 0.5)
     model, reference = (load_checkpoint(Path(run))["model"] for run in ("run", "reference"))
     torch.testing.assert_close(model, reference, rtol=0, atol=0)
-
-
-def test_another_schedule(run_main, fewest_digits, rates, monkeypatch):
-    """A reader's own scheduler is the one that counts, also after resuming."""
-    monkeypatch.setattr(main, "LambdaLR", lambda optimizer, _: StepLR(optimizer, 2, gamma=0.1))
-    succeeded(run_main(f"{SHORT} --data {fewest_digits} --run run --epochs 3"))
-    succeeded(run_main("--resume run --epochs 5"))
-    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 1e-5])
 
 
 def test_averages_include_buffers(run_main, few_digits, monkeypatch):
