@@ -120,5 +120,5 @@ def test_images_that_are_not_bytes_of_28_x_28(own, run_main, monkeypatch, fault)
     }
     monkeypatch.setitem(main.DATASETS, "own", lambda folder: own._replace(**changed[fault]))
     with pytest.raises(AssertionError, match="own"):
-        run_main(f"{SHORT} --dataset own --run run")
+        run_main(f"{SHORT} --dataset own --epochs 1 --run run")
     assert not Path("run").exists()
