@@ -175,9 +175,9 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
-    """Evaluate on images [m, 1, 28, 28], as bytes. `test_loss` is what is trained; the ELBO is
-    measured apart from it, as `losses` may be another objective. The pixels stay grey, which makes
-    -ELBO about two nats higher than on the black and white images that most papers use.
+    """Evaluate on images [m, 1, 28, 28], as bytes. `test_loss` is the objective of the training;
+    the ELBO is measured apart from it, as `losses` may be another one. The pixels stay grey, which
+    makes -ELBO about two nats higher than on the black and white images that most papers use.
     """
     model.eval()
     x = images / 255
@@ -729,7 +729,7 @@ add("--batch-size", type=count, default=32, metavar="N", help="images per step")
 add("--lr", type=float, default=1e-3, metavar="X", help="learning rate")
 add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL")
 add("--latent-dim", type=count, default=10, metavar="N", help="number of latent units")
-add("--seed", type=int, default=0, metavar="N", help="the same seed gives the same run")
+add("--seed", type=int, default=0, metavar="N", help="on one machine, it gives the same run")
 add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps")
 add("--dataset", choices=DATASETS, default="MNIST", help="images")
 add("--data", default="data", metavar="DIR", help="where data sets are")
@@ -768,8 +768,8 @@ def find_device(name: str) -> torch.device:
 def main(arguments: Sequence[str] = ()) -> Path:
     """Train with these command-line options. Returns the run's folder, for `load_model`.
 
-    It also sets PyTorch's random seed and, for the CPU, one thread and no subnormal numbers. All
-    three stay set, as your own training would need them, too.
+    It also sets PyTorch's random seed and, for the CPU, one thread (unless OMP_NUM_THREADS is set)
+    and no subnormal numbers. These stay set afterwards.
     """
     args = parser.parse_args(arguments)
     torch.set_flush_denormal(True)  # subnormal numbers make a CPU many times slower

@@ -51,8 +51,8 @@ class VAE(nn.Module):
 
         PyTorch's default weights are too small for ReLU networks: at first z hardly changes the
         decoded image, so the KL can switch off a latent unit before the decoder uses it. The last
-        layers have no ReLU, but smaller weights made them slightly worse. Convolutions keep
-        PyTorch's initialization, which made them better (tests/RESULTS.md).
+        layers have no ReLU, but smaller weights made them slightly worse. If you add convolutions,
+        they keep PyTorch's initialization, which was better for them (tests/RESULTS.md).
         """
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
@@ -104,9 +104,10 @@ class VAE(nn.Module):
         In `VAE`, their sum is the negative evidence lower bound (ELBO), estimated with one sample
         of z per image (Kingma & Welling 2014, equations 7 and 10).
 
-        main.py trains the first plus beta times the second, and measures the same on all test
+        main.py minimizes the first plus beta times the second, and measures the same on all test
         images at once as `test_loss`. Put another objective here, such as free bits, and not into
-        `kl`, from which the ELBO is measured. One without two parts is returned as (loss, 0).
+        `kl`, from which the ELBO is measured. A single loss is returned with a second one of 0,
+        `loss.new_zeros(())`.
         """
         mu, sigma = self.encode(x)
         logits = self.logits(self.reparameterize(mu, sigma))
@@ -116,7 +117,8 @@ class VAE(nn.Module):
         """-log p(x|z) of each image: logits [b, 784], x [b, 1, 28, 28] -> [b].
 
         Override this for another likelihood, as ArticleVAE does. `bce` in metrics.csv is measured
-        with `log_likelihood` all the same, so that models can be compared.
+        with `log_likelihood` all the same, so that models can be compared: `logits` must stay the
+        log-odds of pixels.
         """
         return -log_likelihood(logits, x)
 
