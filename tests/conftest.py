@@ -1,4 +1,4 @@
-"""For all tests: a home without network, a few MNIST digits, and two ways to run main.py.
+"""For all tests: a clean home, a few MNIST digits, and two ways to run main.py.
 
 `run_main(OPTIONS)` calls `main.main` in this process and returns its status and output.
 `start_main(OPTIONS)` runs main.py as a script in another process, which can be interrupted.
@@ -164,7 +164,7 @@ def run_script(options: str, folder: str, environ: dict[str, str], out: Path, er
 
 @pytest.fixture
 def start_main(environment, tmp_path_factory, monkeypatch):
-    """The processes are killed at the end of the test."""
+    """Start main.py, or `target`, in another process, which is killed after the test."""
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))  # where the fork server finds main.py
     processes = []
 
@@ -191,8 +191,9 @@ def a_run(one_epoch, environment, tmp_path) -> Path:
 
 
 # ---- servers ----
-WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-PORTS = itertools.count(20_000 + 500 * WORKER)  # outgoing connections have higher ones
+# Other workers, and other suites on this machine, have other process ids. Outgoing connections
+# have ports from 32,768 on.
+PORTS = itertools.count(20_000 + 50 * (os.getpid() % 250))
 
 
 def free_url() -> str:

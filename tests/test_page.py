@@ -413,7 +413,7 @@ def test_ctrl_c_in_a_terminal_does_not_end_the_server(environment, url, kill_lat
     terminal.sendintr()
     assert "To continue" in terminal.read()
     terminal.wait()
-    assert answers(url)
+    wait_for(lambda: answers(url))
 
 
 @pytest.mark.parametrize("visdom_can", [True, False])

@@ -201,7 +201,7 @@ def test_a_slow_server_gets_the_newest_epoch_only(start_main, server):
     """While it draws epoch 0, five epochs are trained; only the last of them waits."""
     server.answering.clear()
     process = start_main(f"{QUICK} --epochs 5 --visdom {server.url}", patient_script)
-    wait_for(lambda: process.trained(5))
+    wait_for(lambda: server.windows and process.trained(5))
     server.answering.set()
     result = succeeded(process.finished())
     assert server.windows == 2 * WINDOWS and NOT_SHOWN not in result.stdout
@@ -213,7 +213,7 @@ def test_the_end_does_not_wait_for_a_server_that_hangs(start_main, server, inter
     server.answering.clear()
     epochs = 100_000 if interrupted else 3
     process = start_main(f"{QUICK} --epochs {epochs} --visdom {server.url}", patient_script)
-    wait_for(lambda: process.trained(3))
+    wait_for(lambda: server.windows and process.trained(3))
     if interrupted:
         process.send(signal.SIGINT)
     result = process.finished()
