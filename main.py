@@ -26,9 +26,8 @@ from urllib.parse import urlsplit
 import requests
 import torch
 import visdom
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
-from torch.distributions import Normal
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel
@@ -74,7 +73,7 @@ def load_mnist(dataset_class: type[datasets.MNIST], folder: Path) -> Images:
     return Images(train.data.unsqueeze(1), test.data.unsqueeze(1), test.targets, classes)
 
 
-DATASETS = {  # functions of the folder --data; yours is added like a recipe
+DATASETS = {  # functions that load images from a folder; add yours like a recipe
     "MNIST": partial(load_mnist, datasets.MNIST),
     "FashionMNIST": partial(load_mnist, datasets.FashionMNIST),
     "KMNIST": partial(load_mnist, datasets.KMNIST),
@@ -88,30 +87,30 @@ def load_images(dataset: str, folder: Path | str) -> Images:
         found = f"{dataset}: {part.dtype}, {list(part.shape)}"
         assert part.dtype == torch.uint8 and part.shape[1:] == (1, 28, 28), found
         assert part.max() > 1, f"{dataset}: pixels must go from 0 to 255, not to {part.max()}"
-    assert len(images.test_labels) == len(images.test), f"{dataset}: a label for each test image"
+    assert len(images.test_labels) == len(images.test), f"{dataset}: not one label per test image"
+    assert images.test_labels.max() < len(images.classes), f"{dataset}: a label without a name"
     return images
 
 
 # ---- options ----
 parser = ArgumentParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
 add = parser.add_argument
-add("--recipe", choices=RECIPES, default="elbo", help="how to train (default: %(default)s)")
-add("--epochs", type=int, default=1000, metavar="N", help="in total (default: %(default)s)")
+add("--recipe", choices=RECIPES, default="elbo", help="how to train (%(default)s)")
+add("--epochs", type=int, default=1000, metavar="N", help="in total (%(default)s)")
 add("--batch-size", type=int, default=32, metavar="N", help="images per step (%(default)s)")
-add("--lr", type=float, metavar="X", help="initial learning rate (default: the recipe's)")
+add("--lr", type=float, metavar="X", help="initial learning rate (the recipe's)")
 add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL (%(default)s)")
 add("--latent-dim", type=int, default=10, metavar="N", help="latent units (%(default)s)")
-add("--seed", type=int, default=0, metavar="N", help="of all random numbers (%(default)s)")
+add("--seed", type=int, default=0, metavar="N", help="random seed (%(default)s)")
 add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps (%(default)s)")
-add("--dataset", choices=DATASETS, default="MNIST", help="images (default: %(default)s)")
-add("--data", default="data", metavar="DIR", help="where data sets are (%(default)s)")
+add("--dataset", choices=DATASETS, default="MNIST", help="images (%(default)s)")
+add("--data", default="data", metavar="DIR", help="folder of data sets (%(default)s)")
 folders = parser.add_mutually_exclusive_group()
 folders.add_argument("--run", metavar="DIR", help="new folder (runs/<time>-<recipe>-<suffix>)")
 folders.add_argument("--resume", metavar="DIR", help="folder of a run to continue")
-add("--visdom", metavar="URL", help="server (default: %(default)s)")
+add("--visdom", default="http://localhost:8097", metavar="URL", help="server (%(default)s)")
 add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
 add("--env", default="main", metavar="NAME", help="Visdom environment, a page (%(default)s)")
-parser.set_defaults(visdom="http://localhost:8097")  # for both --visdom and --no-visdom
 
 
 # ---- training ----
@@ -130,7 +129,7 @@ def binarize(x: Tensor) -> Tensor:
 
 
 def polynomial_decay(average: Tensor, latest: Tensor, updates: Tensor) -> Tensor:
-    """Mix the latest weights into their average, after `updates` earlier updates.
+    """Mix the latest weights into their average; `updates` is the number of earlier updates.
 
     The average is better than the latest weights, as the noise of single steps cancels out.
     Polynomial-decay averaging (Shamir & Zhang 2013, arXiv:1212.1824, section 4) suits any length of
@@ -190,8 +189,8 @@ class Evaluation(NamedTuple):
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
     """Evaluate on images [m, 1, 28, 28], as bytes. The pixels stay grey.
 
-    `test_loss` is the objective of the training. To compare models with different objectives, `bce`
-    and `mse` are the same for every model; `kl` is the model's, and `neg_elbo` is bce + kl.
+    `test_loss` is the objective of the training. The other measures compare models with different
+    objectives: `bce` and `mse` are defined identically for all models, `kl` is the model's own.
     """
     model.eval()
     x = images / 255
@@ -230,11 +229,11 @@ def make_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
 
 def traversal(latent_dim: int) -> tuple[Tensor, int]:
     """The z of a grid, row by row, and its number of columns. Row i moves unit i from -3 to 3 while
-    the others stay 0. Two units alone are shown as a plane, at quantiles of the prior (Kingma &
-    Welling 2014, figure 4): unit 1 increases to the right, unit 2 upwards.
+    the others stay 0. If latent_dim is 2, the grid is the plane of the two units at quantiles of
+    the prior (Kingma & Welling 2014, figure 4): unit 1 increases to the right, unit 2 upwards.
     """
     if latent_dim == 2:
-        q = Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 15))
+        q = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 15))
         return torch.stack(torch.meshgrid(q, -q, indexing="xy"), dim=2).flatten(0, 1), 15
     return torch.kron(torch.eye(latent_dim), torch.linspace(-3, 3, 9)[:, None]), 9
 
@@ -263,7 +262,7 @@ def experiment(
     model = recipe.model(args.latent_dim).to(device)
     optimizer = Adam(model.parameters(), args.lr, fused=True)  # fused is faster on a CPU
     schedule = LinearLR(optimizer, 1.0, recipe.final_lr_factor, total_iters=20)
-    # `average.module` is what is evaluated and loaded. use_buffers: BatchNorm's are averaged, too.
+    # `average.module` is what is evaluated. use_buffers: BatchNorm's statistics are averaged, too.
     mix = polynomial_decay if recipe.averaged else latest_weights
     average = AveragedModel(model, avg_fn=mix, use_buffers=True)
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
@@ -280,11 +279,10 @@ def experiment(
         train_loss = train(args, model, average, optimizer, train_images, epoch)
         schedule.step()
         evaluation = evaluate(average.module, test_images, args.beta, args.seed)
-        measures = evaluation.measures
-        if not (math.isfinite(train_loss) and math.isfinite(measures["test_loss"])):
+        if not math.isfinite(train_loss + evaluation.measures["test_loss"]):
             raise RunError(f"loss not finite in epoch {epoch}; start again with a lower --lr.")
         seconds = time.perf_counter() - start
-        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **measures}
+        row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **evaluation.measures}
         history.append(row)
         save(folder, vars(args), history, parts, evaluation.pictures)
         if dashboard:
@@ -309,7 +307,7 @@ class RunError(RuntimeError):
 # ---- a run's files ----
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which then replaces `path`: a file is never cut off."""
+    """Yield a temporary path, renamed to `path` at the end so that `path` is never half a file."""
     temporary = path.with_name(f"{path.name}.partial")
     yield temporary
     os.replace(temporary, path)
@@ -340,18 +338,17 @@ def read_checkpoint(folder: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def lock(folder: Path) -> FileLock:
+def lock(folder: Path) -> AcquireReturnProxy:
     """Create and lock a run's folder. The lock ends with the process, even if that is killed."""
     folder.mkdir(parents=True, exist_ok=True)
-    file_lock = FileLock(folder / ".lock")
     try:
-        file_lock.acquire(timeout=0)
+        return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise RunError(f"{folder} is in use by another process.") from error
-    return file_lock
 
 
 # ---- the dashboard ----
+LOCAL_HOSTS = ("localhost", "127.0.0.1")
 WINDOW_SIZES = {  # in pixels; together they fill a page of 1280 x 650
     "x": (284, 156),
     "x_hat": (284, 156),
@@ -366,24 +363,25 @@ WINDOW_SIZES = {  # in pixels; together they fill a page of 1280 x 650
 class Client(visdom.Visdom):
     """Visdom's client, but sending has a time limit and raises errors, all of them OSErrors."""
 
-    def __init__(self, url: str, env: str):
+    def __init__(self, url: str, env: str, time_limit: float = 3):
         self.url = url
+        self.time_limit = time_limit  # of a request, in seconds
         self.http = requests.Session()
-        self.http.trust_env = False  # a proxy cannot reach this machine
-        # Without send=False, this warns about the missing socket. `_send` below sends all the same.
+        self.http.trust_env = urlsplit(url).hostname not in LOCAL_HOSTS  # no proxy for this machine
+        # send=False avoids a warning about the missing socket; `_send` sends all the same.
         super().__init__(env=env, send=False, use_incoming_socket=False)
 
     def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
         given = {name: value for name, value in msg.items() if value is not None}
         # Visdom 0.3.0 redraws a plot only if its `version` has changed.
         msg = {"eid": self.env, "version": time.time_ns(), **given}
-        response = self.http.post(f"{self.url}/{endpoint}", json=msg, timeout=3)
+        response = self.http.post(f"{self.url}/{endpoint}", json=msg, timeout=self.time_limit)
         response.raise_for_status()
         return response.text
 
 
 class Dashboard:
-    """Seven windows on a Visdom page. If the server fails, one line says so and the run goes on."""
+    """Seven windows on a Visdom page. A server that fails costs one line; the run goes on."""
 
     def __init__(self, args: Namespace, run: str, images: Images):
         """Start a server if there is none. A new run closes the windows of the run before."""
@@ -413,7 +411,7 @@ class Dashboard:
 
     def show(self, history: list[dict], evaluation: Evaluation) -> None:
         if self.failing and len(history) % 10:
-            return  # a server that hangs costs three seconds, so only every tenth epoch tries again
+            return  # a server that hangs costs three seconds; try every tenth epoch
         try:
             self.viz = self.viz or Client(self.url, self.env)
             self.draw(history, evaluation)
@@ -508,7 +506,7 @@ run_server.main()
 def start_visdom(url: str) -> int | None:
     """Start a server if the URL is on this machine and nobody listens. Returns its process id."""
     address = urlsplit(url)
-    if address.scheme != "http" or address.hostname not in ("localhost", "127.0.0.1"):
+    if address.scheme != "http" or address.hostname not in LOCAL_HOSTS:
         return None
     port = address.port or 80
     home = Path.home() / ".visdom"
@@ -521,8 +519,7 @@ def start_visdom(url: str) -> int | None:
         log = home / f"server-{port}.log"
         with open(log, "w") as file:
             # In a session of its own, it survives Ctrl-C and the end of the run.
-            detached = {"stdin": subprocess.DEVNULL, "start_new_session": True}
-            process = subprocess.Popen(command, stdout=file, stderr=file, **detached)
+            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
         deadline = time.monotonic() + 60
         while not is_listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -545,7 +542,7 @@ MNIST_FILES = (  # as torchvision unpacks them; FashionMNIST and KMNIST use the 
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-PAGE_SCRIPTS = {  # for Visdom 0.2.4 and 0.3.0; file in an npm package: place in Visdom's `static`
+PAGE_SCRIPTS = {  # file in an npm package: place in Visdom's folder `static`
     "bootstrap@3.3.7/dist/css/bootstrap.min.css": "css/bootstrap.min.css",
     "bootstrap@3.3.7/dist/fonts/glyphicons-halflings-regular.woff2": (
         "fonts/glyphicons-halflings-regular.woff2"
@@ -614,7 +611,7 @@ def fetch_from_npm(files: dict[str, Path]) -> None:
         if npm.returncode != 0:
             raise RunError(npm.stderr)
         for archive in Path(folder).glob("*.tgz"):
-            shutil.unpack_archive(archive, archive.with_suffix(""), filter="data")
+            shutil.unpack_archive(archive, archive.with_suffix(""))
         for source, destination in files.items():
             package, _, path = source.partition("/")
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -660,10 +657,10 @@ def find_device(name: str) -> torch.device:
 
 
 def main(arguments: Sequence[str] = ()) -> Path:
-    """Train with these command-line options. Returns the run's folder, for `load_model`.
+    """Train with these command-line options. Returns the run's folder. Raises RunError.
 
-    Also sets PyTorch's random seed and, for the CPU, one thread (unless OMP_NUM_THREADS is set) and
-    no subnormal numbers. These stay set afterwards. Raises RunError.
+    Sets PyTorch's random seed and, for the CPU, one thread (unless OMP_NUM_THREADS is set) and no
+    subnormal numbers; they stay set.
     """
     args = parse(arguments)
     torch.set_flush_denormal(True)  # subnormal numbers make a CPU many times slower
@@ -672,10 +669,9 @@ def main(arguments: Sequence[str] = ()) -> Path:
         torch.set_num_threads(1)
     device = find_device(args.device)
     images = load_images(args.dataset, args.data)
-    # From here on there is a folder; a start that failed before has left none behind.
-    new_name = time.strftime(f"%Y%m%d-%H%M%S-{args.recipe}-") + os.urandom(3).hex()
+    new_name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.recipe}-{os.urandom(3).hex()}"
     folder = Path(args.run or f"runs/{new_name}") if args.resume is None else Path(args.resume)
-    with lock(folder):
+    with lock(folder):  # last, so that a start that fails leaves no folder behind
         if args.resume is None and (folder / "checkpoint.pt").exists():
             raise RunError(f"{folder} has a run already; --resume it, or choose another --run.")
         checkpoint = None if args.resume is None else read_checkpoint(folder)

@@ -3,8 +3,7 @@
     x -> encoder -> mu, sigma      z = mu + sigma * eps, eps ~ N(0, I)      z -> decoder -> x_hat
 
 `VAE` is the model to use. `ArticleVAE` reproduces the blog post that this project started from
-("the article", see the README), including its two mistakes. It differs from `VAE` only in what it
-overrides.
+("the article", see the README), including its two mistakes.
 
 All losses and bounds are in nats per image, except for the KL that `forward` returns.
 
@@ -49,7 +48,7 @@ class VAE(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """He initialization of every linear layer; call it again after replacing layers.
+        """He initialization of the `nn.Linear` layers; call it again after replacing layers.
 
         PyTorch's default weights are too small for ReLU networks: at first z hardly changes the
         decoded image, so the KL can switch off a latent unit before the decoder uses it.
@@ -57,7 +56,8 @@ class VAE(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [b, 1, 28, 28] in [0, 1] -> mu and sigma, each [b, latent_dim], with sigma > 0."""
@@ -92,7 +92,7 @@ class VAE(nn.Module):
         per image (Kingma & Welling 2014, equations 7 and 10). Override it for another objective.
         """
         mu, sigma = self.encode(x)
-        # Computed from logits, as a sigmoid can round to 0 and log 0 is infinite.
+        # Not x_hat: a sigmoid rounds to 0 or 1 for large logits, and log 0 is infinite.
         logits = self.decoder(self.reparameterize(mu, sigma))
         return self.reconstruction_loss(logits, x).mean() + beta * self.kl(mu, sigma).sum(1).mean()
 
@@ -105,18 +105,17 @@ class VAE(nn.Module):
         return 0.5 * (mu.square() + sigma.square() - 1) - sigma.log()
 
     def importance_weighted_bound(self, x: Tensor, k: int) -> Tensor:
-        """x [b, 1, 28, 28] -> a lower bound on log p(x), [b] (Burda et al. 2016, equation 8).
+        """x [b, 1, 28, 28] -> a lower bound on log p(x), [b], estimated with k samples of z per
+        image (Burda et al. 2016, equation 8), to compare models. It needs memory for k * b images.
 
-        It serves to compare models: for black and white x it approaches log p(x) as k grows, and
-        for k = 1 its expectation is the ELBO. For grey x, it bounds the mean of log p over the
-        black and white images whose pixels are 1 with the grey value as the probability.
-
-        It always assumes Bernoulli pixels and a standard normal prior, whatever a subclass
-        overrides. It needs memory for k * b images.
+        For black and white x it approaches log p(x) as k grows, and for k = 1 its expectation is
+        the ELBO. For grey x, it bounds the mean over black and white images whose pixels are 1 with
+        the grey value as the probability. Pixels are always Bernoulli variables and the prior is
+        standard normal, whatever a subclass overrides.
         """
         mu, sigma = self.encode(x)
-        # The bound holds for any q, and sigma = 0 would have no density. Without validation, a NaN
-        # is passed on to the result instead of raising an error here.
+        # ArticleVAE's sigma can be 0, where q has no density; the bound holds for any q. Without
+        # validation, a NaN reaches the result instead of raising an error here.
         q = Normal(mu, sigma.clamp(min=1e-4), validate_args=False)
         prior = Normal(0.0, 1.0, validate_args=False)
         z = q.rsample((k,))  # [k, b, latent_dim]
@@ -135,8 +134,8 @@ class ArticleVAE(VAE):
     """The article's model to the letter, with its two mistakes.
 
     1. The encoder ends in a ReLU, so mu cannot be negative. The KL pulls mu towards 0, and once the
-       ReLU's input is negative there is no gradient to bring it back. After 50 epochs, 7 to 9 of
-       the ten units have mu = 0 and sigma near 1 for every test digit: they carry no information.
+       ReLU's input is negative for every image, no gradient brings it back. After 50 epochs, 7 to 9
+       of the ten units have mu = 0 and sigma near 1 for every test digit: they carry nothing.
     2. Squared error plus KL is the negative ELBO of Gaussian pixels with variance 1/2. For pixels
        in [0, 1] that variance is so large that some units would add more to the KL than they
        would take from the squared error.

@@ -1,33 +1,35 @@
 """For all tests: a clean home, a few MNIST digits, and two ways to run main.py.
 
-`run_main(OPTIONS)` calls `main.main` in this process and returns its status and output.
-`start_main(OPTIONS)` runs main.py as a script in another process, which can be interrupted.
+`train(OPTIONS)` calls `main.main` in this process. `start_main(OPTIONS)` starts main.py in another
+process, which can be interrupted.
 """
 
 import contextlib
 import csv
 import itertools
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text()
+USE, MINE, SWEEP = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
+EXAMPLES = tempfile.TemporaryDirectory()
+Path(EXAMPLES.name, "mine.py").write_text(MINE)
 sys.path.insert(0, str(PROJECT))
+sys.path.append(EXAMPLES.name)  # a mine.py beside main.py comes first
 
 import main  # noqa: E402
 
@@ -52,7 +54,7 @@ def first_digits(mnist: Path, folder: Path, train: int, test: int) -> Path:
     """A folder with the first `train` training and `test` test digits, in MNIST's file format."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in main.MNIST_MD5:
+    for name in main.MNIST_FILES:
         content = (mnist / "MNIST" / "raw" / name).read_bytes()
         count = train if name.startswith("train") else test
         header, size = (16, 784) if "images" in name else (8, 1)
@@ -73,8 +75,8 @@ def fewest_digits(mnist, tmp_path_factory) -> Path:
 
 
 # ---- the machine that main.py sees ----
-@pytest.fixture
-def environment(few_digits, tmp_path, monkeypatch) -> dict[str, str]:
+@pytest.fixture(autouse=True)
+def environment(few_digits, tmp_path, monkeypatch) -> None:
     """A clean home and working folder, with a few digits in `data`."""
     for name in os.environ:
         if name.startswith(("VISDOM_", "OMP_", "MPL", "PYTHONUNBUFFERED")):
@@ -83,11 +85,10 @@ def environment(few_digits, tmp_path, monkeypatch) -> dict[str, str]:
     (tmp_path / "home").mkdir()
     (tmp_path / "data").symlink_to(few_digits)
     monkeypatch.chdir(tmp_path)
-    return dict(os.environ)
 
 
 @pytest.fixture
-def unreachable(environment, monkeypatch) -> None:
+def unreachable(environment, monkeypatch):
     """No data, no network and no npm."""
     os.unlink("data")
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -95,81 +96,51 @@ def unreachable(environment, monkeypatch) -> None:
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(urllib.request, "_opener", None)  # it caches the proxies
+    urllib.request.install_opener(None)  # the one that is installed remembers the proxies
+    yield
+    urllib.request.install_opener(None)
 
 
 # ---- running main.py ----
-@pytest.fixture
-def run_main(environment, capsys):
-    def run(options: str) -> subprocess.CompletedProcess:
-        capsys.readouterr()
-        status = 0
-        try:
-            main.main(options.split())
-        except SystemExit as error:
-            status = error.code
-        out, err = capsys.readouterr()
-        if isinstance(status, str):  # a message; Python would print it and end with status 1
-            status, err = 1, f"{err}{status}\n"
-        return subprocess.CompletedProcess(options, status, out, err)
-
-    return run
+def train(options: str) -> Path:
+    return main.main(options.split())
 
 
 class Process:
-    """main.py as a script, in a forked process, which need not import PyTorch again."""
+    """main.py as a script."""
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main"])
-
-    def __init__(self, folder: Path, options: str, target):
+    def __init__(self, folder: Path, options: str):
         self.out = folder / "out.txt"
         self.err = folder / "err.txt"
-        where = os.getcwd(), dict(os.environ), self.out, self.err
-        self.process = self.context.Process(target=target, args=(options, *where))
-        self.process.start()
+        command = [sys.executable, main.__file__, *options.split()]
+        with open(self.out, "w") as out, open(self.err, "w") as err:
+            self.process = subprocess.Popen(command, stdout=out, stderr=err)
 
     def trained(self, epoch: int = 1) -> bool:
         """Whether it has printed this epoch."""
-        alive = self.process.is_alive()
-        rows = re.findall(r"^ *(\d+) .*\n", self.out.read_text() if self.out.exists() else "", re.M)
+        alive = self.process.poll() is None
+        rows = re.findall(r"^ *(\d+) .*\n", self.out.read_text(), re.M)
         printed = bool(rows) and int(rows[-1]) >= epoch
         assert alive or printed, self.err.read_text()
         return printed
 
-    def send(self, signum: int) -> None:
-        os.kill(self.process.pid, signum)
-
-    def finished(self) -> subprocess.CompletedProcess:
-        self.process.join(PATIENCE)
-        assert not self.process.is_alive(), "still running"
-        output = self.out.read_text(), self.err.read_text()
-        return subprocess.CompletedProcess("main.py", self.process.exitcode, *output)
+    def finished(self) -> str:
+        """Wait for its end and return its stderr."""
+        self.process.wait(PATIENCE)
+        return self.err.read_text()
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
-
-
-def run_script(options: str, folder: str, environ: dict[str, str], out: Path, err: Path) -> None:
-    for path, descriptor in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.clear()
-    os.environ.update(environ)
-    os.chdir(folder)
-    sys.argv = [main.__file__, *options.split()]
-    runpy.run_path(main.__file__, run_name="__main__")
+        self.process.wait()
 
 
 @pytest.fixture
-def start_main(environment, tmp_path_factory, monkeypatch):
-    """Start main.py, or `target`, in another process, which is killed after the test."""
-    monkeypatch.setenv("PYTHONPATH", str(PROJECT))  # where the fork server finds main.py
+def start_main(tmp_path_factory):
+    """Start main.py in another process, which is killed after the test."""
     processes = []
 
-    def start(options: str, target=run_script) -> Process:
-        processes.append(Process(tmp_path_factory.mktemp("output"), options, target))
+    def start(options: str) -> Process:
+        processes.append(Process(tmp_path_factory.mktemp("output"), options))
         return processes[-1]
 
     yield start
@@ -181,11 +152,11 @@ def start_main(environment, tmp_path_factory, monkeypatch):
 def one_epoch(few_digits, tmp_path_factory) -> Path:
     """The folder of a finished run of one epoch."""
     run = tmp_path_factory.mktemp("one_epoch") / "run"
-    return main.main(f"{SHORT} --epochs 1 --data {few_digits} --run {run}".split())
+    return train(f"{SHORT} --epochs 1 --data {few_digits} --run {run}")
 
 
 @pytest.fixture
-def a_run(one_epoch, environment, tmp_path) -> Path:
+def a_run(one_epoch, tmp_path) -> Path:
     """A copy of `one_epoch` in the working folder: `--resume run`."""
     return shutil.copytree(one_epoch, tmp_path / "run")
 
@@ -204,19 +175,6 @@ def free_url() -> str:
             return f"http://localhost:{number}"
 
 
-POST = requests.Session.post
-
-
-def patient_post(*arguments, timeout, **keywords):
-    """Wait longer than three seconds for an answer of Visdom, as this machine may be busy."""
-    return POST(*arguments, timeout=PATIENCE, **keywords)
-
-
-@pytest.fixture
-def patient(monkeypatch) -> None:
-    monkeypatch.setattr(requests.Session, "post", patient_post)
-
-
 def port(url: str) -> int:
     return int(url.rpartition(":")[2])
 
@@ -227,61 +185,29 @@ def url() -> str:
     return free_url()
 
 
+@pytest.fixture
+def patient(monkeypatch) -> None:
+    """Wait longer than three seconds for an answer of Visdom, as this machine may be busy."""
+    monkeypatch.setattr(main.Client, "time_limit", PATIENCE)
+
+
 # ---- what a run has done ----
-def succeeded(result: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
-    """Check that the status is 0 and stderr is empty; return the result."""
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    return result
-
-
-def assert_error(result: subprocess.CompletedProcess, *words) -> None:
-    """Check for a non-zero status and one sentence with these words, without a traceback."""
-    assert result.returncode not in (0, None), result.stdout
-    sentence = result.stderr.removeprefix("usage: main.py [options]\n")
-    assert len(sentence.splitlines()) == 1 and sentence.startswith("main.py: "), result.stderr
-    for word in words:
-        assert str(word) in sentence
-
-
 def wait_for(condition):
     """Poll until `condition()` is true and return its value."""
     deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.005)
+        time.sleep(0.02)
     return value
 
 
-def load_checkpoint(run: Path) -> dict:
-    return torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)
+def load_checkpoint(run: Path | str) -> dict:
+    return torch.load(Path(run, "checkpoint.pt"), map_location="cpu", weights_only=True)
 
 
-def metrics(run: Path) -> list[dict[str, float]]:
+def metrics(run: Path | str) -> list[dict[str, float]]:
     """The rows of metrics.csv. A missing value is nan."""
-    with open(run / "metrics.csv") as file:
+    with open(Path(run, "metrics.csv")) as file:
         return [
             {name: float(x or "nan") for name, x in row.items()} for row in csv.DictReader(file)
         ]
-
-
-# ---- the README's edits ----
-def readme_changes() -> dict[str, tuple[str, str, str]]:
-    """Name -> file, lines before, lines after."""
-    (block,) = re.findall(r"```diff\n(.*?)```", README, re.S)
-    changes = {}
-    for file, name, hunk in re.findall(r"@@ (\S+): (.*)\n((?:[-+ ].*\n|\+?\n)+)", block):
-        lines = hunk.splitlines(keepends=True)
-        before, after = ("".join(x[1:] for x in lines if x[0] != sign) for sign in "+-")
-        changes[name] = file, before, after
-    return changes
-
-
-def changed_copy(folder: Path, name: str) -> None:
-    """Copy the project's scripts to a folder and make the edit whose name begins like this."""
-    for path in ("main.py", "vae.py", "README.md"):
-        shutil.copy(PROJECT / path, folder)
-    changes = readme_changes().items()
-    ((script, before, after),) = (change for full, change in changes if full.startswith(name))
-    text = (folder / script).read_text()
-    assert text.count(before) == 1
-    (folder / script).write_text(text.replace(before, after))
