@@ -1,7 +1,6 @@
 """Train a variational autoencoder on MNIST and watch it learn in Visdom: `python main.py`.
 
-In this order: recipes, data, options, training, evaluation, experiment. Below the banner: a run's
-files, the dashboard, its server, downloads, the command line. The model is in vae.py.
+The model is in vae.py. The experiment comes first, its plumbing is below the banner.
 """
 
 import csv
@@ -28,6 +27,7 @@ import torch
 import visdom
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
+from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel
@@ -37,7 +37,6 @@ from tqdm import tqdm
 from vae import VAE, ArticleVAE, bernoulli_nll
 
 
-# ---- recipes ----
 class Recipe(NamedTuple):
     """A way to train, chosen with --recipe."""
 
@@ -87,8 +86,8 @@ def load_images(dataset: str, folder: Path | str) -> Images:
         found = f"{dataset}: {part.dtype}, {list(part.shape)}"
         assert part.dtype == torch.uint8 and part.shape[1:] == (1, 28, 28), found
         assert part.max() > 1, f"{dataset}: pixels must go from 0 to 255, not to {part.max()}"
-    assert len(images.test_labels) == len(images.test), f"{dataset}: not one label per test image"
-    assert images.test_labels.max() < len(images.classes), f"{dataset}: a label without a name"
+    assert len(images.test_labels) == len(images.test), "one label per test image"
+    assert images.test_labels.max() < len(images.classes), "one name per label"
     return images
 
 
@@ -102,7 +101,7 @@ add("--lr", type=float, metavar="X", help="initial learning rate (the recipe's)"
 add("--beta", type=float, default=1.0, metavar="X", help="weight of the KL (%(default)s)")
 add("--latent-dim", type=int, default=10, metavar="N", help="latent units (%(default)s)")
 add("--seed", type=int, default=0, metavar="N", help="random seed (%(default)s)")
-add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1 or mps (%(default)s)")
+add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, mps (%(default)s)")
 add("--dataset", choices=DATASETS, default="MNIST", help="images (%(default)s)")
 add("--data", default="data", metavar="DIR", help="folder of data sets (%(default)s)")
 folders = parser.add_mutually_exclusive_group()
@@ -110,7 +109,7 @@ folders.add_argument("--run", metavar="DIR", help="new folder (runs/<time>-<reci
 folders.add_argument("--resume", metavar="DIR", help="folder of a run to continue")
 add("--visdom", default="http://localhost:8097", metavar="URL", help="server (%(default)s)")
 add("--no-visdom", dest="visdom", action="store_const", const=None, help="no dashboard")
-add("--env", default="main", metavar="NAME", help="Visdom environment, a page (%(default)s)")
+add("--env", default="main", metavar="NAME", help="page of the server (%(default)s)")
 
 
 # ---- training ----
@@ -307,7 +306,7 @@ class RunError(RuntimeError):
 # ---- a run's files ----
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, renamed to `path` at the end so that `path` is never half a file."""
+    """Yield a temporary path, renamed to `path` at the end, which thus is never half written."""
     temporary = path.with_name(f"{path.name}.partial")
     yield temporary
     os.replace(temporary, path)
@@ -339,7 +338,7 @@ def read_checkpoint(folder: Path) -> dict:
 
 
 def lock(folder: Path) -> AcquireReturnProxy:
-    """Create and lock a run's folder. The lock ends with the process, even if that is killed."""
+    """Create and lock a run's folder. The lock ends with the process."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
@@ -404,14 +403,14 @@ class Dashboard:
             self.report(error)
 
     def report(self, error: Exception) -> None:
-        """Print an error, but only the first of a series."""
-        if not self.failing:
+        if not self.failing:  # one line for a series of errors
             print(f"Visdom at {self.url} fails: {error}. The run goes on.", file=sys.stderr)
         self.failing = True
 
-    def show(self, history: list[dict], evaluation: Evaluation) -> None:
+    def show(self, history: list, evaluation: Evaluation) -> None:
+        # A server that hangs costs three seconds, so after an error only every tenth epoch tries.
         if self.failing and len(history) % 10:
-            return  # a server that hangs costs three seconds; try every tenth epoch
+            return
         try:
             self.viz = self.viz or Client(self.url, self.env)
             self.draw(history, evaluation)
@@ -419,24 +418,26 @@ class Dashboard:
         except OSError as error:
             self.report(error)
 
-    def draw(self, history: list[dict], evaluation: Evaluation) -> None:
+    def draw(self, history: list, evaluation: Evaluation) -> None:
         # No title names the run or the epoch: /compare/ merges windows with equal titles.
-        pictures = evaluation.pictures
         units = len(evaluation.kl_per_unit)
         axes = "unit 1 across, unit 2 up" if units == 2 else f"units 1 to {units}, from -3 to 3"
-        self.draw_picture("x", "x: test images", pictures)
-        self.draw_picture("x_hat", "x_hat: reconstructions", pictures)
+        self.draw_picture("x", "x: test images", evaluation)
+        self.draw_picture("x_hat", "x_hat: reconstructions", evaluation)
         self.draw_loss(history)
-        self.draw_picture("traversal", f"traversal: {axes}", pictures)
+        self.draw_picture("traversal", f"traversal: {axes}", evaluation)
         self.draw_kl(evaluation.kl_per_unit)
-        self.draw_picture("samples", "samples from the prior", pictures)
+        self.draw_picture("samples", "samples from the prior", evaluation)
         self.draw_latent(evaluation.mu, evaluation.kl_per_unit)
-        self.viz.save([self.env])  # so that the server still has the page after a restart
+        self.viz.save([self.env])  # for a server that is restarted
 
-    def draw_picture(self, name: str, title: str, pictures: dict[str, Tensor]) -> None:
-        self.viz.image(pictures[name], win=name, opts=window_options(name, title))
+    def draw_picture(self, name: str, title: str, evaluation: Evaluation) -> None:
+        picture = evaluation.pictures[name]
+        # Visdom 0.2.4 cuts off the lower end of a tall picture, so white is added there.
+        picture = F.pad(picture, (0, 0, 0, picture.shape[1] // 20), value=1)
+        self.viz.image(picture, win=name, opts=window_options(name, title))
 
-    def draw_loss(self, history: list[dict]) -> None:
+    def draw_loss(self, history: list) -> None:
         rows = history[len(history) // 10 :]  # the steep start would flatten all the rest
         columns = ["train_loss", "neg_elbo", "test_loss", "bce", "kl"]
         epochs = [row["epoch"] for row in rows]
@@ -456,12 +457,12 @@ class Dashboard:
 
     def draw_kl(self, kl_per_unit: Tensor) -> None:
         if len(kl_per_unit) > 1:  # Visdom cannot draw a single bar
-            layout = {"xaxis": {"title": {"text": "latent unit"}, "nticks": 10, "automargin": True}}
-            options = window_options("kl", "kl: nats per unit", layout)
+            axis = {"title": {"text": "latent unit"}, "type": "category", "automargin": True}
+            options = window_options("kl", "kl: nats per unit", {"xaxis": axis})
             self.viz.bar(kl_per_unit, win="kl", opts=options)
 
     def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
-        """Draw test images in the plane of the two units with the highest KL, by label."""
+        """Test images in the plane of the two units with the highest KL, by label."""
         highest = kl_per_unit.argsort(descending=True)[:2].sort().values.tolist()
         across, up = highest[0], highest[-1]  # the same unit if there is only one
         points = mu[:, [across, up]]
@@ -472,8 +473,7 @@ class Dashboard:
             "yaxis": {"title": {"text": f"mu of unit {up + 1}"}, "scaleanchor": "x", **axis},
             "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "itemsizing": "constant"},
         }
-        title = f"latent: mu of units {across + 1} and {up + 1}"
-        options = window_options("latent", title, layout)
+        options = window_options("latent", f"latent: units {across + 1} and {up + 1}", layout)
         options["legend"] = self.images.classes
         labels = self.images.test_labels[: len(mu)] + 1  # Visdom counts from 1
         self.viz.scatter(points, labels, win="latent", opts=options)
@@ -519,12 +519,13 @@ def start_visdom(url: str) -> int | None:
         log = home / f"server-{port}.log"
         with open(log, "w") as file:
             # In a session of its own, it survives Ctrl-C and the end of the run.
-            process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            detached = {"stdin": subprocess.DEVNULL, "start_new_session": True}
+            process = subprocess.Popen(command, stdout=file, stderr=file, **detached)
         deadline = time.monotonic() + 60
         while not is_listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
-                raise RunError(f"its server does not start, see {log}")
+                raise RunError(f"it does not start, see {log}")
             time.sleep(0.1)
     return process.pid
 
@@ -536,7 +537,7 @@ def is_listening(port: int) -> bool:
 
 
 # ---- downloads ----
-MNIST_FILES = (  # as torchvision unpacks them; FashionMNIST and KMNIST use the same names
+MNIST_FILES = (  # unpacked; FashionMNIST and KMNIST use the same names
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
     "t10k-images-idx3-ubyte",
@@ -598,7 +599,7 @@ def install_page_scripts() -> None:
 
         download_scripts()  # logs its errors
         if not all(place.exists() for place in files.values()):
-            raise RunError(f"the scripts of its page cannot be downloaded ({error})") from error
+            raise RunError(f"no scripts for its page ({error})") from error
 
 
 def fetch_from_npm(files: dict[str, Path]) -> None:
@@ -629,7 +630,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     if args.resume is not None:
         checkpoint = read_checkpoint(Path(args.resume))
         saved = checkpoint["options"]
-        # argparse sets no default where the namespace has a value already.
+        # argparse sets no default for what the namespace has.
         args = parser.parse_args(arguments, Namespace(**saved))
         for name, value in saved.items():
             if name not in MAY_CHANGE and getattr(args, name) != value:
@@ -644,16 +645,10 @@ def parse(arguments: Sequence[str]) -> Namespace:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not args.env.replace("-", "").replace("_", "").isalnum():
-        parser.error(f"--env {args.env!r}: only letters, digits, - and _ are allowed")
+        parser.error(f"--env {args.env!r}: only letters, digits, - and _")
     if args.lr is None:
         args.lr = RECIPES[args.recipe].lr
     return args
-
-
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return torch.empty(0, device=name).device  # raises PyTorch's error if it cannot be used
 
 
 def main(arguments: Sequence[str] = ()) -> Path:
@@ -667,7 +662,9 @@ def main(arguments: Sequence[str] = ()) -> Path:
     if "OMP_NUM_THREADS" not in os.environ:
         # A second thread gains at most a third; beside other programs it costs a factor of ten.
         torch.set_num_threads(1)
-    device = find_device(args.device)
+    auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    # `empty` raises PyTorch's error if the device cannot be used.
+    device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
     images = load_images(args.dataset, args.data)
     new_name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.recipe}-{os.urandom(3).hex()}"
     folder = Path(args.run or f"runs/{new_name}") if args.resume is None else Path(args.resume)

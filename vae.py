@@ -77,9 +77,8 @@ class VAE(nn.Module):
         return self.decoder(z).sigmoid()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, 1, 28, 28] -> x_hat, of the same shape, and kld, a scalar in nats per pixel.
-
-        This is the article's interface. Training uses `loss`.
+        """x [b, 1, 28, 28] -> x_hat, of the same shape, and kld, a scalar in nats per pixel: the
+        article's interface. Training uses `loss`.
         """
         mu, sigma = self.encode(x)
         x_hat = self.decode(self.reparameterize(mu, sigma))

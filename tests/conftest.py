@@ -6,6 +6,7 @@ process, which can be interrupted.
 
 import contextlib
 import csv
+import functools
 import itertools
 import os
 import re
@@ -188,7 +189,7 @@ def url() -> str:
 @pytest.fixture
 def patient(monkeypatch) -> None:
     """Wait longer than three seconds for an answer of Visdom, as this machine may be busy."""
-    monkeypatch.setattr(main.Client, "time_limit", PATIENCE)
+    monkeypatch.setattr(main, "Client", functools.partial(main.Client, time_limit=PATIENCE))
 
 
 # ---- what a run has done ----

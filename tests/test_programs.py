@@ -1,27 +1,29 @@
-"""main.main called from notebooks and threads, and main.py with its output in a pipe."""
+"""main.py in notebooks, and the README's programs and recipes."""
 
-import os
+import re
 import shutil
 import subprocess
 import sys
-import threading
+from pathlib import Path
 
+import mine
 import pytest
-import torch
-from conftest import PROJECT, SHORT, load_checkpoint, metrics, succeeded, wait_for
+from conftest import MINE, PROJECT, README, SHORT, SWEEP, USE, metrics, train, wait_for
 from jupyter_client.manager import start_new_kernel
+from PIL import Image
 
 import main
 
 OPTIONS = f"{SHORT} --epochs 1"
 
 
+# ---- notebooks ----
 @pytest.fixture
 def kernel(environment, tmp_path):
     """IPython's own kernel, with main.py and vae.py in its working folder."""
     for script in ("main.py", "vae.py"):
         shutil.copy(PROJECT / script, tmp_path)
-    manager, client = start_new_kernel(startup_timeout=300, cwd=str(tmp_path), env=environment)
+    manager, client = start_new_kernel(startup_timeout=300, cwd=str(tmp_path))
     yield manager, client
     client.stop_channels()
     manager.shutdown_kernel(now=True)
@@ -45,53 +47,103 @@ def test_in_a_notebook(kernel, tmp_path):
     client.execute(f"main.main('{options}'.split())", stop_on_error=False)
     wait_for((tmp_path / "third" / "metrics.csv").exists)
     manager.interrupt_kernel()
-    content = client.get_shell_msg(timeout=300)["content"]
-    saved = len(load_checkpoint(tmp_path / "third")["history"])
-    assert content["status"] == "error"
-    *_, command = content["evalue"].splitlines()
-    execute(f"{command[:-2]}, '--epochs', '{saved + 1}'])")  # main.main(['--resume', 'third'])
-    assert len(metrics(tmp_path / "third")) == saved + 1
+    assert client.get_shell_msg(timeout=300)["content"]["ename"] == "KeyboardInterrupt"
+    execute("done = len(main.read_checkpoint(main.Path('third'))['history'])")
+    execute("main.main(['--resume', 'third', '--epochs', str(done + 1)])")
 
 
-def test_in_a_thread(environment, tmp_path):
-    """Signal handlers can only be set in the main thread."""
-    thread = threading.Thread(target=main.main, args=(f"{OPTIONS} --run run".split(),))
-    thread.start()
-    thread.join()
-    assert len(metrics(tmp_path / "run")) == 1
+# ---- the README's programs ----
+def run_as_written(block: str) -> dict:
+    names = {"__name__": "__main__"}
+    exec(compile(block, "README.md", "exec"), names)
+    return names
 
 
-def test_the_lock_is_released_after_an_error(a_run):
-    """Even if the exception is kept alive, as in notebooks."""
-    with pytest.raises(SystemExit) as kept:
-        main.main(f"{OPTIONS} --run run".split())
-    main.main(["--resume", "run"])
-    assert "not empty" in str(kept.value)
+def test_using_the_model(capsys):
+    train("--epochs 1 --no-visdom --run runs/first")
+    run_as_written(USE)
+    assert Path("digits.png").exists()
+    bound = float(re.search(r"log p\(x\) >= (-[\d.]+) nats", capsys.readouterr().out)[1])
+    (row,) = metrics("runs/first")
+    assert -1.5 * row["neg_elbo"] < bound < 0
 
 
-@pytest.mark.parametrize("wanted", [None, "3"])
-def test_one_thread_unless_the_user_wants_more(run_main, monkeypatch, wanted):
-    threads, before = [], torch.get_num_threads()
-    torch.set_num_threads(3)
-    monkeypatch.setattr(main, "experiment", lambda *_: threads.append(torch.get_num_threads()))
-    if wanted:
-        monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-    try:
-        succeeded(run_main(OPTIONS))
-        assert threads == [int(wanted or 1)]
-    finally:
-        torch.set_num_threads(before)
+def test_a_sweep(fewest_digits, monkeypatch, capsys):
+    """A run that is there is not trained again, and the table has means and deviations."""
+    Path("data").unlink()
+    Path("data").symlink_to(fewest_digits)
+    sweep = SWEEP.replace("--epochs 10", "--epochs 2")
+    run_as_written(sweep)
+    output = capsys.readouterr().out
+    table = re.findall(r"^beta .*: -ELBO (\d+\.\d\d) ± (\d+\.\d\d)$", output, re.M)
+    assert len(table) == 3 and output.count("Saved in") == 9
+    run_as_written(sweep)
+    output = capsys.readouterr().out
+    assert output.count("has a run already") == 9 and "Saved in" not in output
+    assert re.findall(r"^beta .*: -ELBO (\d+\.\d\d) ± (\d+\.\d\d)$", output, re.M) == table
 
 
-def test_output_that_cannot_encode_the_name_of_the_run(environment, tmp_path):
-    """And each row reaches a file or pipe as soon as it is printed."""
-    command = [sys.executable, main.__file__, *f"{SHORT} --epochs 90 --run 実験".split()]
-    settings = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}, "text": True}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, **settings) as process:
-        assert any(line.split()[:1] == ["2"] for line in process.stdout)
-        process.kill()
-    saved = len(load_checkpoint(tmp_path / "実験")["history"])
-    assert saved < 90  # whose rows would not fill a pipe's buffer
-    command = [sys.executable, main.__file__, "--resume", "実験", "--epochs", str(saved + 1)]
-    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, **settings).stdout
-    assert output.splitlines()[-1] == r"Saved in \u5b9f\u9a13"
+def python(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True)
+
+
+def test_mine_trains_and_resumes_own_images(few_digits, tmp_path, monkeypatch):
+    """As a script beside main.py. main.py refuses the run: it would train on other images."""
+    images = main.load_images("MNIST", few_digits)
+    for label in (1, 7):
+        folder = tmp_path / "pictures" / f"class {label}"
+        folder.mkdir(parents=True)
+        for i, digit in enumerate(images.test[images.test_labels == label][:20]):
+            Image.fromarray(digit[0].numpy()).resize((56, 56)).save(folder / f"{i}.png")
+    for script in ("main.py", "vae.py"):
+        shutil.copy(PROJECT / script, tmp_path)
+    Path("mine.py").write_text(MINE)
+    options = f"{SHORT} --recipe sharp --dataset own --data pictures --epochs 1 --run run"
+    for command in (options, "--resume run --epochs 2"):
+        result = python("mine.py", *command.split())
+        assert result.returncode == 0, result.stderr
+    assert len(metrics("run")) == 2
+    result = python("main.py", *"--resume run --epochs 3".split())
+    assert result.returncode == 1 and "use the script that began this run" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert len(list((tmp_path / "pictures").rglob("*"))) == 42
+    result = python("-c", "import main, mine; print(main.load_model('run').variance)")
+    assert result.stdout == "0.005\n"
+
+
+@pytest.mark.parametrize("number", [7, 40])
+def test_how_own_images_are_read(tmp_path, number):
+    for i in range(number):
+        folder = tmp_path / "pictures" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (56, 56), (i, i, i)).save(folder / f"{i}.png")
+    own = main.load_images("own", "pictures")
+    assert len(own.test) == -(-number // 6) and len(own.train) == number - len(own.test)
+    assert own.classes == ["class 0", "class 1"]
+    grey = [image[0, 0, 0].item() for image in (*own.train, *own.test)]
+    assert sorted(grey) == list(range(number))
+    assert own.test_labels.tolist() == [image[0, 0, 0].item() % 2 for image in own.test]
+
+    picture, exif = Image.effect_noise((28, 28), 50), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned to the right
+    picture.rotate(90).save("rotated.png", exif=exif)
+    assert mine.read_on_white("rotated.png").tobytes() == picture.tobytes()
+    Image.new("RGBA", (28, 28), (0, 0, 0, 0)).save("transparent.png")
+    assert mine.read_on_white("transparent.png").getextrema() == (255, 255)
+
+
+# ---- what else the README says ----
+def test_the_terminal_is_as_shown():
+    head, row = re.findall(r"^(   epoch.*)\n(.*)$", README, re.M)[0]
+    assert head == main.HEAD and len(row) == len(head)
+
+
+def test_readme_names_only_options_that_there_are():
+    known = {option for action in main.parser._actions for option in action.option_strings}
+    text = re.sub(r"(pip|python -m|cmake|ssh) .*", "", README)
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
+
+
+def test_readme_has_no_dead_links():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert Path(PROJECT, target).exists(), target
