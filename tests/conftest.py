@@ -1,8 +1,4 @@
-"""For all tests: a clean home, a few MNIST digits, and two ways to run main.py.
-
-`train(OPTIONS)` calls `main.main` in this process. `start_main(OPTIONS)` starts main.py in another
-process, which can be interrupted.
-"""
+"""For all tests: a clean home, a few MNIST digits, and `train(OPTIONS)`, which runs main.py."""
 
 import contextlib
 import csv
@@ -14,7 +10,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import time
@@ -105,48 +100,6 @@ def unreachable(environment, monkeypatch):
 # ---- running main.py ----
 def train(options: str) -> Path:
     return main.main(options.split())
-
-
-class Process:
-    """main.py as a script."""
-
-    def __init__(self, folder: Path, options: str):
-        self.out = folder / "out.txt"
-        self.err = folder / "err.txt"
-        command = [sys.executable, main.__file__, *options.split()]
-        with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err)
-
-    def trained(self, epoch: int = 1) -> bool:
-        """Whether it has printed this epoch."""
-        alive = self.process.poll() is None
-        rows = re.findall(r"^ *(\d+) .*\n", self.out.read_text(), re.M)
-        printed = bool(rows) and int(rows[-1]) >= epoch
-        assert alive or printed, self.err.read_text()
-        return printed
-
-    def finished(self) -> str:
-        """Wait for its end and return its stderr."""
-        self.process.wait(PATIENCE)
-        return self.err.read_text()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def start_main(tmp_path_factory):
-    """Start main.py in another process, which is killed after the test."""
-    processes = []
-
-    def start(options: str) -> Process:
-        processes.append(Process(tmp_path_factory.mktemp("output"), options))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,22 @@
 """The figures of RESULTS.md and the README: `python tests/results.py` (takes hours; resumable).
 
-Trains both recipes with three seeds, and the steps between the recipes, with main.py itself, in
-runs/results/. Finished parts are not repeated, so the work can be split among processes and goes on
-after an interruption: `--only RECIPE-SEED ...` trains just those. `--report` trains nothing and
-prints the tables of RESULTS.md from what is there; `--readme` prints the README's.
+Trains both recipes, and the steps between them, with main.py itself, in runs/results/. Finished
+parts are not repeated, so the work can be split among processes and goes on after an interruption:
+`--only RECIPE-SEED ...` trains just those. `--report` trains nothing and prints the tables of
+RESULTS.md from what is there; `--readme` prints the README's.
 """
 
 import argparse
+import functools
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn import functional as F
+from torchvision import datasets
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -75,10 +80,154 @@ def train(name: str) -> None:
         shutil.copy(folder / "checkpoint.pt", kept)
 
 
+# ---- what is measured ----
+IMAGES, TEST_IMAGES, TEST_LABELS, _ = main.load_images("MNIST", PROJECT / "data")
+
+
+@torch.no_grad()
+def share_recognized(classifier: nn.Module, images) -> float:
+    classifier.eval()
+    read = torch.cat([classifier(x).argmax(1) for x in images.split(1000)])
+    return 100 * (read == TEST_LABELS).float().mean().item()
+
+
+@functools.cache
+def trained_classifier() -> nn.Module:
+    """A small convolutional network that recognizes digits."""
+    torch.manual_seed(0)
+    classifier = nn.Sequential(
+        *(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Dropout(0.5), nn.Linear(32 * 49, 10)),
+    )
+    labels = datasets.MNIST(PROJECT / "data").targets
+    optimizer = torch.optim.Adam(classifier.parameters())
+    for _ in range(4):
+        for batch in torch.randperm(len(IMAGES)).split(100):
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(IMAGES[batch] / 255), labels[batch]).backward()
+            optimizer.step()
+    return classifier
+
+
+def black_and_white():
+    """The test digits, sampled once as in a training step; the same for all runs."""
+    main.set_seed(0, epoch=0)
+    return (255 * main.binarize(TEST_IMAGES / 255)).byte()
+
+
+@torch.no_grad()
+def mean_bound(model: VAE, images, k: int) -> float:
+    """The mean importance-weighted bound on log p(x), in nats per image; images as bytes."""
+    main.set_seed(1, epoch=0)
+    bounds = [model.importance_weighted_bound(x, k) for x in (images / 255).split(20)]
+    return torch.cat(bounds).mean().item()
+
+
+@functools.cache
+def measure(run: str) -> dict[str, float]:
+    """The figures of RECIPE-SEED.EPOCHS on the test digits, with the same noise for every run."""
+    model = main.load_model(RUNS / run)
+    measures = main.evaluate(model, TEST_IMAGES, 1.0, 0).measures
+    measures["binarised"] = main.evaluate(model, black_and_white(), 1.0, 1).measures["neg_elbo"]
+    measures["bound"] = mean_bound(model, TEST_IMAGES, 100)
+    main.set_seed(0, epoch=0)
+    mu, sigma = model.encode(TEST_IMAGES / 255)
+    z = model.reparameterize(mu, sigma)
+    measures["kept_z"] = share_recognized(trained_classifier(), model.decode(z))
+    measures["kept_mu"] = share_recognized(trained_classifier(), model.decode(mu))
+    measures["dead"] = (mu == 0).all(0).sum().item()
+    return measures
+
+
+# ---- tables ----
+def cell(runs: list[str], name: str, digits: int, unit: str = "") -> str:
+    """A figure of one run, or mean and standard deviation over several. A minus as in print."""
+    values = [measure(run)[name] for run in runs]
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text.replace("-", "−") + unit
+
+
+def row(title: str, *cells: str) -> None:
+    print(f"| {' | '.join((title, *cells))} |", flush=True)
+
+
+def head(*titles: str) -> None:
+    row(*titles)
+    row(*["---"] * len(titles))
+
+
+def seeds(recipe: str) -> list[str]:
+    return [f"{recipe}-{seed}.50" for seed in (0, 1, 2)]
+
+
+def print_steps() -> None:
+    head(
+        "", "−ELBO", "= bce", "+ KL", "log p(x) ≥", "MSE", "active", "kept, z", "kept, mu", "mu = 0"
+    )
+    titles = {
+        "`article`": seeds("article"),
+        "no ReLU at the end of the encoder": ["linear-heads-0.50"],
+        "Bernoulli likelihood": ["bernoulli-0.50"],
+        "both": ["both-0.50"],
+        "+ He initialization, averaged weights": ["averaged-0.50"],
+        "+ falling rate": ["falling-rate-0.50"],
+        "`elbo`: + black and white pixels": seeds("elbo"),
+    }
+    for title, runs in titles.items():
+        columns = [("neg_elbo", 2), ("bce", 2), ("kl", 2), ("bound", 2), ("mse", 4)]
+        columns += [("active_units", 1), ("kept_z", 1, " %"), ("kept_mu", 1, " %"), ("dead", 1)]
+        row(title, *(cell(runs, *column) for column in columns))
+
+
+def print_epochs() -> None:
+    stages = [stage for stage in STAGES["elbo-0"] if (RUNS / f"elbo-0.{stage}").exists()]
+    head("seed 0, after", f"{stages[0]} epochs", *map(str, stages[1:]))
+    for title, recipe, *column in (
+        ("`elbo`: −ELBO, grey pixels", "elbo", "neg_elbo", 2),
+        ("`elbo`: −ELBO, black and white", "elbo", "binarised", 2),
+        ("`elbo`: digits kept, z", "elbo", "kept_z", 1, " %"),
+        ("`article`: −ELBO, grey pixels", "article", "neg_elbo", 2),
+        ("`article`: digits kept, z", "article", "kept_z", 1, " %"),
+    ):
+        runs = [f"{recipe}-0.{stage}" for stage in stages]
+        row(title, *(cell([run], *column) if (RUNS / run).exists() else "" for run in runs))
+    print()
+    for stage in (10, stages[-1]):
+        bound = mean_bound(main.load_model(RUNS / f"elbo-0.{stage}"), black_and_white(), 500)
+        print(f"`elbo`, seed 0, {stage} epochs: log p(b) ≥ {bound:.2f} (k = 500)", flush=True)
+
+
+def print_readme() -> None:
+    print("recipe | epochs | −ELBO | active units | digits kept\n--- | --- | --- | --- | ---")
+    last = max(stage for stage in STAGES["elbo-0"] if (RUNS / f"elbo-0.{stage}").exists())
+    for title, epochs, runs in (
+        ("`article`, three seeds", 50, seeds("article")),
+        ("`elbo`, three seeds", 50, seeds("elbo")),
+        ("`elbo`, one seed", last, [f"elbo-0.{last}"]),
+    ):
+        figures = cell(runs, "neg_elbo", 1), cell(runs, "active_units", 0), cell(runs, "kept_z", 0)
+        print(f"{title} | {epochs} | {' | '.join(figures)} %".replace(" ± 0 |", " |"))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=STAGES, help="train just these")
+    parser.add_argument("--report", action="store_true", help="train nothing, print RESULTS.md's")
+    parser.add_argument("--readme", action="store_true", help="train nothing, print README's")
     args = parser.parse_args()
+    torch.set_flush_denormal(True)
     torch.set_num_threads(1)  # as main.py does; on two, the classifier is another one
-    for name in args.only or STAGES:
-        train(name)
+    if not (args.report or args.readme):
+        for name in args.only or STAGES:
+            train(name)
+    if args.readme:
+        print_readme()
+    elif not args.only:
+        print_steps()
+        print()
+        print_epochs()
+        accuracy = share_recognized(trained_classifier(), TEST_IMAGES / 255)
+        print(f"\nThe classifier recognizes {accuracy:.1f} % of the test digits themselves.")

@@ -1,7 +1,6 @@
 """Data sets: from disk, torchvision's mirrors and npm; rows of one's own; what is refused."""
 
 import shutil
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,18 +70,6 @@ def test_three_first_runs_at_once(unreachable, few_digits, tmp_path, monkeypatch
         (tmp_path / "open").touch()
         assert [len(load.result().train) for load in loads] == [2000, 2000, 2000]
     assert (npm / "calls").read_text() == "\n"
-
-
-def test_a_script_has_a_time_limit_for_downloads(start_main, unreachable, monkeypatch):
-    """Behind some firewalls, torchvision's download would wait forever. This takes ten seconds for
-    each of its two mirrors.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        monkeypatch.setenv("http_proxy", url)
-        monkeypatch.setenv("https_proxy", url)
-        stderr = start_main("--no-visdom --dataset KMNIST").finished()
-    assert "KMNIST cannot be downloaded" in stderr and "timed out" in stderr
 
 
 # ---- a data set of one's own ----

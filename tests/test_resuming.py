@@ -3,12 +3,13 @@
 import random
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
-import fake_npm
 import pytest
 import torch
-from conftest import SHORT, load_checkpoint, metrics, train, wait_for
+from conftest import PATIENCE, SHORT, load_checkpoint, metrics, train, wait_for
 from PIL import Image
 
 import main
@@ -81,16 +82,31 @@ def test_a_folder_that_is_not_a_run(folder):
 
 
 # ---- signals ----
+@pytest.fixture
+def process():
+    """main.py as a script, which trains in the folder `run` and has printed an epoch."""
+    command = [sys.executable, main.__file__, *f"{SHORT} --epochs 100000 --run run".split()]
+    with open("out.txt", "w") as out, open("err.txt", "w") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err)
+    wait_for(printed_epoch)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def printed_epoch() -> int:
+    rows = re.findall(r"^ *(\d+) .*\n", Path("out.txt").read_text(), re.M)
+    return int(rows[-1]) if rows else 0
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(start_main, tmp_path, signum):
-    process = start_main(f"{SHORT} --epochs 100000 --run run")
-    wait_for(process.trained)
-    process.process.send_signal(signum)
-    assert process.finished().splitlines()[-1] == "main.py: interrupted"
-    assert process.process.returncode == 1 and "Traceback" not in process.err.read_text()
-    saved = assert_whole(tmp_path / "run")
-    printed = int(re.findall(r"^ *(\d+) ", process.out.read_text(), re.M)[-1])
-    assert printed <= saved
+def test_interrupted(process, signum):
+    process.send_signal(signum)
+    assert process.wait(PATIENCE) == 1
+    errors = Path("err.txt").read_text()
+    assert errors.splitlines()[-1] == "main.py: interrupted" and "Traceback" not in errors
+    saved = assert_whole(Path("run"))
+    assert printed_epoch() <= saved
     train(f"--resume run --epochs {saved + 1}")
     assert len(metrics("run")) == saved + 1
 
@@ -126,29 +142,18 @@ def test_interrupted_at_random_moments(fewest_digits, tmp_path):
     assert_same_run(run, "run-reference")
 
 
-def test_interrupted_before_the_training(start_main, unreachable, tmp_path, monkeypatch):
-    path = fake_npm.running(tmp_path / "bin", f"touch {tmp_path}/begun; exec sleep 60")
-    monkeypatch.setenv("PATH", path)
-    process = start_main("--no-visdom")
-    wait_for((tmp_path / "begun").exists)
-    process.process.send_signal(signal.SIGINT)
-    assert process.finished().splitlines() == ["main.py: interrupted"]
-    assert not (tmp_path / "runs").exists()
-
-
 # ---- two processes ----
-def test_two_processes_on_one_run(start_main):
+def test_two_processes_on_one_run(process):
     """The second is refused, and the first continues. Killing it releases the lock; the run goes on
     from its last whole epoch as if it had not been killed.
     """
-    first = start_main(f"{SHORT} --epochs 100000 --run run")
-    wait_for(first.trained)
     for options in ("--resume run", f"{SHORT} --run run"):
         with pytest.raises(main.RunError, match="run is in use by another process"):
             train(options + " --epochs 100001")
-    rows = len(load_checkpoint("run")["history"])
-    wait_for(lambda: first.trained(rows + 2))
-    first.kill()
+    refused = printed_epoch()
+    wait_for(lambda: printed_epoch() > refused + 1)
+    process.kill()
+    process.wait()
     done = assert_whole(Path("run"))
     train(f"--resume run --epochs {done + 1}")
     train(f"{SHORT} --epochs {done + 1} --run reference")

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -49,27 +51,29 @@ def test_main_does_not_read_sys_argv(monkeypatch):
         main.main()
 
 
+def test_a_script_sets_a_time_limit_for_downloads(monkeypatch):
+    """Behind some firewalls, torchvision's download would wait forever."""
+    limits, handler = [], signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(main, "main", lambda _: limits.append(socket.getdefaulttimeout()))
+    try:
+        main.run_script()
+        assert limits == [10]
+    finally:
+        socket.setdefaulttimeout(None)
+        signal.signal(signal.SIGTERM, handler)
+
+
 @pytest.mark.parametrize("wanted", [None, "3"])
 def test_one_thread_unless_the_user_wants_more(monkeypatch, wanted):
-    threads, before = [], torch.get_num_threads()
-    torch.set_num_threads(3)
-    monkeypatch.setattr(main, "experiment", lambda *_: threads.append(torch.get_num_threads()))
+    monkeypatch.setattr(main, "experiment", lambda *_: None)
     if wanted:
         monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    torch.set_num_threads(3)
     try:
         train(f"{SHORT} --epochs 1")
-        assert threads == [int(wanted or 1)]
+        assert torch.get_num_threads() == int(wanted or 1)
     finally:
-        torch.set_num_threads(before)
-
-
-def test_the_best_device_learns_what_the_cpu_learns():
-    """On a machine without an accelerator, both are the CPU."""
-    for device in ("auto", "cpu"):
-        train(f"--no-visdom --epochs 1 --run {device} --device {device}")
-    best, cpu = (metrics(device)[0] for device in ("auto", "cpu"))
-    for name in ("train_loss", "test_loss", "bce", "kl"):
-        assert best[name] == pytest.approx(cpu[name], rel=0.03)  # the random numbers may differ
+        torch.set_num_threads(1)
 
 
 # ---- the terminal ----
@@ -85,13 +89,6 @@ def test_terminal_output(capsys):
     expected = "2 {train_loss:.2f} {bce:.2f} {kl:.2f} {neg_elbo:.2f} {mse:.4f} {active_units:.0f} "
     assert table[2].split() == (expected + "{seconds:.1f}").format(**row).split()
     assert table[3] == "Saved in run"
-
-
-def test_columns_never_touch(capsys):
-    """Not even with the losses of a learning rate of 1."""
-    train(f"{SHORT} --recipe article --lr 1 --epochs 1")
-    *_, row, _ = capsys.readouterr().out.splitlines()
-    assert len(row.split()) == len(main.HEAD.split())
 
 
 # ---- the files of a run ----
@@ -122,12 +119,12 @@ def test_columns_may_change_between_epochs(a_run, monkeypatch):
 
     def changed(*arguments):
         evaluation = evaluate(*arguments)
-        measures = {name: x for name, x in evaluation.measures.items() if name != "mse"}
-        return evaluation._replace(measures=measures | {"mse": 0.5, "new_measure": 7})
+        del evaluation.measures["mse"]
+        return evaluation._replace(measures=evaluation.measures | {"mse": 0.5, "new_measure": 7})
 
     monkeypatch.setattr(main, "evaluate", changed)
-    for epochs in (2, 3):  # the second run reads what the first has saved
-        train(f"--resume run --epochs {epochs}")
+    train("--resume run --epochs 2")
+    train("--resume run --epochs 3")  # reads what the run before has saved
     first, *others = [row["new_measure"] for row in metrics(a_run)]
     assert math.isnan(first) and others == [7, 7]
 

@@ -49,11 +49,7 @@ def server(url):
         def log_message(self, *_):
             pass
 
-    class Server(socketserver.ThreadingTCPServer):
-        allow_reuse_address = daemon_threads = True
-        block_on_close = False
-
-    with Server(("127.0.0.1", port(url)), Handler) as listening:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port(url)), Handler) as listening:
         threading.Thread(target=listening.serve_forever, daemon=True).start()
         yield stand_in
         stand_in.answering.set()
@@ -83,14 +79,6 @@ def test_a_local_server_ignores_proxies(server, patient, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "")
     train(f"{QUICK} --epochs 1 --visdom {server.url}")
     assert server.drawn() == WINDOWS
-
-
-def test_no_visdom_and_resuming_with_a_dashboard(a_run, server, patient, capsys):
-    train("--resume run --epochs 2")
-    assert "Dashboard" not in capsys.readouterr().out
-    train(f"--resume run --epochs 3 --visdom {server.url}")
-    assert "Dashboard" in capsys.readouterr().out and server.drawn() == WINDOWS
-    assert load_checkpoint(a_run)["options"]["visdom"] == server.url
 
 
 # ---- errors ----
