@@ -234,16 +234,18 @@ def history_of(epochs: int) -> list[dict]:
 
 
 @pytest.fixture
-def draw(few_digits, address, dashboard):
-    """Draw a history and the evaluation of an untrained model."""
+def draw(few_digits, address, dashboard, page):
+    """Draw a history of this many epochs and the evaluation of an untrained model."""
     args = main.parser.parse_args([*dashboard.split(), "--resume", "run"])
 
-    def draw(history, latent_dim=10, change=lambda images: images, seed=0) -> str:
+    def draw(epochs, latent_dim=10, change=lambda images: images, seed=0) -> None:
         images = change(main.load_images("MNIST", few_digits))
         torch.manual_seed(seed)
         evaluation = main.evaluate(main.VAE(latent_dim), images.test, beta=1.0, seed=0)
-        main.Dashboard(args, "run", images).show(history, evaluation)
-        return address
+        main.Dashboard(args, "run", images).show(history_of(epochs), evaluation)
+        if page.url != address:
+            page.goto(address)
+        wait_for_page(page, lambda: epoch_shown(page) == epochs)
 
     return draw
 
@@ -251,8 +253,7 @@ def draw(few_digits, address, dashboard):
 @pytest.mark.parametrize("epochs", [1, 3, 100])
 def test_the_loss_is_readable_at_any_epoch(draw, page, epochs):
     """The first tenth is left out, so the rest fills the plot; ticks are at whole epochs."""
-    page.goto(draw(history_of(epochs)))
-    wait_for_page(page, lambda: epoch_shown(page) == epochs)
+    draw(epochs)
     first = epochs // 10 + 1
     assert plotted(page, "loss", "x")[0] == list(range(first, epochs + 1))
     plot = pane(page, "loss").locator(".js-plotly-plot")
@@ -267,8 +268,7 @@ def test_the_loss_is_readable_at_any_epoch(draw, page, epochs):
 
 @pytest.mark.parametrize("latent_dim", [1, 2, 20])
 def test_any_number_of_units_fits_the_page(draw, page, latent_dim):
-    page.goto(draw(history_of(3), latent_dim))
-    wait_for_page(page, lambda: epoch_shown(page) == 3)
+    draw(3, latent_dim)
     if latent_dim > 1:  # Visdom cannot draw a single bar
         assert_fits(page)
         assert [len(bars) for bars in plotted(page, "kl")] == [latent_dim]
@@ -285,8 +285,7 @@ def test_any_number_of_units_fits_the_page(draw, page, latent_dim):
 def test_the_axes_of_latent_follow_its_units(draw, page):
     titles = set()
     for seed in range(4):  # each model has other units of highest KL
-        page.goto(draw(history_of(seed + 1), seed=seed))
-        wait_for_page(page, lambda: epoch_shown(page) == seed + 1)  # noqa: B023
+        draw(seed + 1, seed=seed)
         units = re.findall(r"units (\d+) and (\d+)", pane(page, "latent").text_content())[0]
         for axis, unit in zip("xy", units, strict=True):
             title = pane(page, "latent").locator(f".{axis}title")
@@ -303,8 +302,7 @@ def test_three_test_images_of_twelve_classes(draw, page):
         classes = [f"class {i}" for i in range(12)]
         return images._replace(test=images.test[:3], test_labels=labels, classes=classes)
 
-    page.goto(draw(history_of(3), change=few))
-    wait_for_page(page, lambda: epoch_shown(page) == 3)
+    draw(3, change=few)
     wait_for_page(page, lambda: plotted(page, "latent", "name") == ["class 2", "class 10"])
     assert [len(points) for points in plotted(page, "latent")] == [2, 1]
 
@@ -314,12 +312,10 @@ def test_a_curve_stays_visible_after_a_click_on_the_legend(draw, page):
         plot = pane(page, "loss").locator(".js-plotly-plot")
         return plot.evaluate("plot => plot._fullData.map(curve => curve.visible)")
 
-    page.goto(draw(history_of(3)))
-    wait_for_page(page, lambda: epoch_shown(page) == 3)
+    draw(3)
     assert visible() == [True] * 2 + ["legendonly"] * 3
     pane(page, "loss").locator(".legendtoggle").nth(2).click()
-    draw(history_of(4))
-    wait_for_page(page, lambda: epoch_shown(page) == 4)
+    draw(4)
     assert visible() == [True] * 3 + ["legendonly"] * 2
 
 

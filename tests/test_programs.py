@@ -18,38 +18,32 @@ OPTIONS = f"{SHORT} --epochs 1"
 
 
 # ---- notebooks ----
-@pytest.fixture
-def kernel(environment, tmp_path):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
+def test_in_a_notebook(tmp_path):
     """IPython's own kernel, with main.py and vae.py in its working folder."""
     for script in ("main.py", "vae.py"):
         shutil.copy(PROJECT / script, tmp_path)
     manager, client = start_new_kernel(startup_timeout=300, cwd=str(tmp_path))
-    yield manager, client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's own libraries
-def test_in_a_notebook(kernel, tmp_path):
-    manager, client = kernel
 
     def execute(cell: str) -> None:
         reply = client.execute_interactive(cell, timeout=300, output_hook=lambda message: None)
         assert reply["content"]["status"] == "ok", reply["content"]
 
-    execute(f"%run main.py {OPTIONS} --run first")
-    execute(f"import main; run = main.main('{OPTIONS} --run second'.split())")
-    execute("main.load_model(run)")
-    assert len(metrics(tmp_path / "first")) == len(metrics(tmp_path / "second")) == 1
-
-    # With stop_on_error, the kernel would drop requests that are sent right after an error.
-    options = f"{SHORT} --epochs 100000 --run third"
-    client.execute(f"main.main('{options}'.split())", stop_on_error=False)
-    wait_for((tmp_path / "third" / "metrics.csv").exists)
-    manager.interrupt_kernel()
-    assert client.get_shell_msg(timeout=300)["content"]["ename"] == "KeyboardInterrupt"
-    execute("done = len(main.read_checkpoint(main.Path('third'))['history'])")
-    execute("main.main(['--resume', 'third', '--epochs', str(done + 1)])")
+    try:
+        execute(f"%run main.py {OPTIONS} --run first")
+        execute(f"import main; run = main.main('{OPTIONS} --run second'.split())")
+        execute("main.load_model(run)")
+        # With stop_on_error, the kernel would drop requests that are sent right after an error.
+        options = f"{SHORT} --epochs 100000 --run third"
+        client.execute(f"main.main('{options}'.split())", stop_on_error=False)
+        wait_for(Path("third", "metrics.csv").exists)
+        manager.interrupt_kernel()
+        assert client.get_shell_msg(timeout=300)["content"]["ename"] == "KeyboardInterrupt"
+        execute("done = len(main.read_checkpoint(main.Path('third'))['history'])")
+        execute("main.main(['--resume', 'third', '--epochs', str(done + 1)])")
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
 
 
 # ---- the README's programs ----
