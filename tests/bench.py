@@ -53,10 +53,10 @@ class Examples(VAE):
     def __init__(self):
         nn.Module.__init__(self)
         self.latent_dim = 20
-        to_code, to_image = nn.Linear(784, 400), nn.Linear(400, 784)
-        self.encoder = nn.Sequential(nn.Flatten(), to_code, nn.ReLU(), nn.Linear(400, 40))
-        image = nn.Unflatten(1, (1, 28, 28))
-        self.decoder = nn.Sequential(nn.Linear(20, 400), nn.ReLU(), to_image, image)
+        layers = nn.Flatten(), nn.Linear(784, 400), nn.ReLU(), nn.Linear(400, 40)
+        self.encoder = nn.Sequential(*layers)
+        layers = nn.Linear(20, 400), nn.ReLU(), nn.Linear(400, 784), nn.Unflatten(1, (1, 28, 28))
+        self.decoder = nn.Sequential(*layers)
 
     def encode(self, x):
         mu, logvar = self.encoder(x).chunk(2, dim=1)
@@ -107,19 +107,16 @@ class Loop:
 def article_step(model: VAE, x, optimizer: optim.Optimizer) -> None:
     criterion = nn.MSELoss() if isinstance(model, ArticleVAE) else nn.BCELoss()
     x_hat, kld = model(x)
-    loss = criterion(x_hat, x)
-    elbo = -loss - 1.0 * kld
-    loss = -elbo
+    elbo = -criterion(x_hat, x) - 1.0 * kld
     optimizer.zero_grad()
-    loss.backward()
+    elbo.neg().backward()
     optimizer.step()
 
 
 def examples_step(model: VAE, data, optimizer: optim.Optimizer) -> None:
     optimizer.zero_grad()
     recon, kld = model(data)
-    bce = F.binary_cross_entropy(recon.view(-1, 784), data.view(-1, 784), reduction="sum")
-    loss = bce + kld * data.numel()
+    loss = F.binary_cross_entropy(recon, data, reduction="sum") + kld * data.numel()
     loss.backward()
     loss.item()  # its sum is printed
     optimizer.step()

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text()
-USE, MINE, SWEEP = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
+USE, MINE, SWEEP, *_ = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
 EXAMPLES = tempfile.TemporaryDirectory()
-Path(EXAMPLES.name, "mine.py").write_text(MINE)
-sys.path.insert(0, str(PROJECT))
-sys.path.append(EXAMPLES.name)  # a mine.py beside main.py comes first
+Path(EXAMPLES.name, "readme_mine.py").write_text(MINE)
+sys.path[:0] = [str(PROJECT), EXAMPLES.name]
 
 import main  # noqa: E402
 
@@ -87,10 +87,10 @@ def environment(few_digits, tmp_path, monkeypatch) -> None:
 def unreachable(environment, monkeypatch):
     """No data, no network and no npm."""
     os.unlink("data")
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("NO_PROXY", "")
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        proxy = "" if name == "no_proxy" else "http://127.0.0.1:9"
+        monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv(name.upper(), proxy)
     monkeypatch.setenv("PATH", "/nowhere")
     urllib.request.install_opener(None)  # the one that is installed remembers the proxies
     yield
@@ -133,8 +133,15 @@ def port(url: str) -> int:
     return int(url.rpartition(":")[2])
 
 
+@pytest.fixture(scope="session")
+def page_scripts() -> None:
+    """Those of Visdom's page, installed once, not by each worker."""
+    with FileLock(Path(tempfile.gettempdir(), "visdom-scripts.lock")):
+        main.install_page_scripts()
+
+
 @pytest.fixture
-def url() -> str:
+def url(page_scripts) -> str:
     """A local URL without a server."""
     return free_url()
 
@@ -143,6 +150,18 @@ def url() -> str:
 def patient(monkeypatch) -> None:
     """Wait longer than three seconds for an answer of Visdom, as this machine may be busy."""
     monkeypatch.setattr(main, "Client", functools.partial(main.Client, time_limit=PATIENCE))
+
+
+def made_up(data: Path, epochs: int, latent_dim: int = 10, seed: int = 0) -> tuple:
+    """What a dashboard draws: images, the evaluation of an untrained model, falling losses."""
+    images = main.load_images("MNIST", data)
+    torch.manual_seed(seed)
+    evaluation = main.evaluate(main.VAE(latent_dim), images.test, beta=1.0, seed=0)
+    history = []
+    for n in range(1, epochs + 1):
+        losses = dict.fromkeys(("train_loss", "test_loss", "neg_elbo"), 50 + 50 / n)
+        history.append({"epoch": n, "bce": 30 + 50 / n, "kl": 20, **losses})
+    return images, evaluation, history
 
 
 # ---- what a run has done ----

@@ -1,6 +1,5 @@
-"""Stand-ins for npm. Those that make one return a value for PATH."""
+"""Stand-ins for npm. Each function returns a value for PATH."""
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -8,12 +7,6 @@ from pathlib import Path
 
 import pytest
 
-MNIST_MD5 = {  # of the unpacked files, as published
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
 ORIGINAL_ENVIRONMENT = dict(os.environ)
 needs_npm = pytest.mark.skipif(
     "CI" not in os.environ and not shutil.which("npm"), reason="needs npm"
@@ -42,7 +35,3 @@ def with_network(folder: Path) -> str:
         names += [proxy, proxy.upper()]
     exports = [f"export {name}={shlex.quote(ORIGINAL_ENVIRONMENT.get(name, ''))}" for name in names]
     return running(folder, "; ".join([*exports, 'exec npm "$@"']))
-
-
-def md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes()).hexdigest()

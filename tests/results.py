@@ -55,6 +55,7 @@ STEPS = {  # between the two recipes
     "falling-rate": ELBO._replace(binarized=False),
 }
 main.RECIPES |= STEPS
+THREE = {name: [f"{name}-{seed}.50" for seed in (0, 1, 2)] for name in ("article", "elbo")}
 STAGES = {  # the epochs after which a run is kept and measured
     "elbo-0": (3, 10, 50, 200, 500, 1000),
     "elbo-1": (50,),
@@ -70,14 +71,13 @@ def train(name: str) -> None:
     folder = RUNS / name
     for stage in STAGES[name]:
         kept = RUNS / f"{name}.{stage}"
-        if kept.exists():
-            continue
-        begun = (folder / "checkpoint.pt").exists()
-        begin = ["--recipe", recipe, "--seed", seed, "--run", str(folder), "--no-visdom"]
-        how = ["--resume", str(folder)] if begun else begin
-        main.main([*how, "--epochs", str(stage), "--data", str(PROJECT / "data")])
-        kept.mkdir()
-        shutil.copy(folder / "checkpoint.pt", kept)
+        if not kept.exists():
+            begun = (folder / "checkpoint.pt").exists()
+            begin = ["--recipe", recipe, "--seed", seed, "--run", str(folder), "--no-visdom"]
+            how = ["--resume", str(folder)] if begun else begin
+            main.main([*how, "--epochs", str(stage), "--data", str(PROJECT / "data")])
+            kept.mkdir()
+            shutil.copy(folder / "checkpoint.pt", kept)
 
 
 # ---- what is measured ----
@@ -150,8 +150,8 @@ def cell(runs: list[str], name: str, digits: int, unit: str = "") -> str:
     return text.replace("-", "−") + unit
 
 
-def row(title: str, *cells: str) -> None:
-    print(f"| {' | '.join((title, *cells))} |", flush=True)
+def row(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def head(*titles: str) -> None:
@@ -159,22 +159,18 @@ def head(*titles: str) -> None:
     row(*["---"] * len(titles))
 
 
-def seeds(recipe: str) -> list[str]:
-    return [f"{recipe}-{seed}.50" for seed in (0, 1, 2)]
-
-
 def print_steps() -> None:
     head(
         "", "−ELBO", "= bce", "+ KL", "log p(x) ≥", "MSE", "active", "kept, z", "kept, mu", "mu = 0"
     )
     titles = {
-        "`article`": seeds("article"),
+        "`article`": THREE["article"],
         "no ReLU at the end of the encoder": ["linear-heads-0.50"],
         "Bernoulli likelihood": ["bernoulli-0.50"],
         "both": ["both-0.50"],
         "+ He initialization, averaged weights": ["averaged-0.50"],
         "+ falling rate": ["falling-rate-0.50"],
-        "`elbo`: + black and white pixels": seeds("elbo"),
+        "`elbo`: + black and white pixels": THREE["elbo"],
     }
     for title, runs in titles.items():
         columns = [("neg_elbo", 2), ("bce", 2), ("kl", 2), ("bound", 2), ("mse", 4)]
@@ -204,8 +200,8 @@ def print_readme() -> None:
     print("recipe | epochs | −ELBO | active units | digits kept\n--- | --- | --- | --- | ---")
     last = max(stage for stage in STAGES["elbo-0"] if (RUNS / f"elbo-0.{stage}").exists())
     for title, epochs, runs in (
-        ("`article`, three seeds", 50, seeds("article")),
-        ("`elbo`, three seeds", 50, seeds("elbo")),
+        ("`article`, three seeds", 50, THREE["article"]),
+        ("`elbo`, three seeds", 50, THREE["elbo"]),
         ("`elbo`, one seed", last, [f"elbo-0.{last}"]),
     ):
         figures = cell(runs, "neg_elbo", 1), cell(runs, "active_units", 0), cell(runs, "kept_z", 0)
