@@ -1,14 +1,12 @@
 """How fast? `python tests/bench.py` on real MNIST; `--busy 2` while two other programs run.
 
-Compares, in one process and in turns of one epoch each: main.py, by default and with a batch size
-of 128, as pytorch/examples has it; the article's loop as the article writes it (DataLoader, PIL,
-ToTensor, unfused Adam), for its own model and for one with its two mistakes corrected; and the
-configuration of pytorch/examples `vae`. Prints the median seconds of an epoch, the seconds of
-training until -ELBO on the test digits is below 106 nats, and what a frame of the dashboard takes.
+In turns of one epoch each: main.py, also with the batch size of pytorch/examples; the article's
+loop as it writes it (DataLoader, PIL, ToTensor, unfused Adam), also with its two mistakes
+corrected; and the configuration of pytorch/examples `vae`. Prints the median seconds of an epoch,
+the seconds until -ELBO on the test digits is below 106 nats, and what drawing an epoch takes.
 
-main.py's seconds are those of metrics.csv, which include its evaluation; the others are trained
-only. It runs on one thread and flushes subnormal numbers, the others do not: both are set before
-each turn. (PyTorch's worker threads may keep the flushing, which favours the others.)
+main.py's seconds include its evaluation; the others' do not. Only main.py runs on one thread and
+flushes subnormal numbers (PyTorch's worker threads may keep the flushing, which favours others).
 """
 
 import argparse

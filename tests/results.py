@@ -1,9 +1,8 @@
-"""The figures of RESULTS.md and the README: `python tests/results.py` (takes hours; resumable).
+"""The figures of RESULTS.md and the README: `python tests/results.py` (takes hours).
 
-Trains both recipes, and the steps between them, with main.py itself, in runs/results/. Finished
-parts are not repeated, so the work can be split among processes and goes on after an interruption:
-`--only RECIPE-SEED ...` trains just those. `--report` trains nothing and prints the tables of
-RESULTS.md from what is there; `--readme` prints the README's.
+Trains both recipes, and the steps between them, in runs/results/. Finished parts are not repeated,
+so it can be interrupted, or split with `--only RECIPE-SEED ...`. `--report` trains nothing and
+prints the tables of RESULTS.md from what is there; `--readme` prints the README's.
 """
 
 import argparse
@@ -27,22 +26,16 @@ from vae import VAE, ArticleVAE  # noqa: E402
 RUNS = PROJECT / "runs" / "results"
 
 
-class LinearHeads(VAE):
-    """The article's model with only the encoder's last layer corrected."""
-
+class LinearHeads(VAE):  # the article's model with only the encoder's last layer corrected
     initialize = ArticleVAE.initialize
     reconstruction_loss = ArticleVAE.reconstruction_loss
 
 
-class Bernoulli(ArticleVAE):
-    """The article's model with only the likelihood corrected."""
-
+class Bernoulli(ArticleVAE):  # with only the likelihood corrected
     reconstruction_loss = VAE.reconstruction_loss
 
 
-class Both(VAE):
-    """The article's model with both mistakes corrected."""
-
+class Both(VAE):  # with both mistakes corrected
     initialize = ArticleVAE.initialize
 
 
@@ -141,13 +134,13 @@ def measure(run: str) -> dict[str, float]:
 
 
 # ---- tables ----
-def cell(runs: list[str], name: str, digits: int, unit: str = "") -> str:
-    """A figure of one run, or mean and standard deviation over several. A minus as in print."""
+def cell(runs: list[str], name: str, form: str, unit: str = "") -> str:
+    """A figure of one run, or mean and standard deviation over several."""
     values = [measure(run)[name] for run in runs]
-    text = f"{statistics.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
-    return text.replace("-", "−") + unit
+    text = format(statistics.mean(values), form)
+    if len(set(values)) > 1:
+        text += f" ± {statistics.stdev(values):{form}}"
+    return text.replace("-", "−") + unit  # a minus as in print
 
 
 def row(*cells: str) -> None:
@@ -160,9 +153,18 @@ def head(*titles: str) -> None:
 
 
 def print_steps() -> None:
-    head(
-        "", "−ELBO", "= bce", "+ KL", "log p(x) ≥", "MSE", "active", "kept, z", "kept, mu", "mu = 0"
+    measured = (
+        "−ELBO",
+        "= bce",
+        "+ KL",
+        "log p(x) ≥",
+        "MSE",
+        "active",
+        "mu = 0",
+        "kept, z",
+        "kept, mu",
     )
+    head("", *measured)
     titles = {
         "`article`": THREE["article"],
         "no ReLU at the end of the encoder": ["linear-heads-0.50"],
@@ -173,8 +175,9 @@ def print_steps() -> None:
         "`elbo`: + black and white pixels": THREE["elbo"],
     }
     for title, runs in titles.items():
-        columns = [("neg_elbo", 2), ("bce", 2), ("kl", 2), ("bound", 2), ("mse", 4)]
-        columns += [("active_units", 1), ("kept_z", 1, " %"), ("kept_mu", 1, " %"), ("dead", 1)]
+        columns = [(name, ".2f") for name in ("neg_elbo", "bce", "kl", "bound")]
+        columns += [("mse", ".4f"), ("active_units", ".2g"), ("dead", ".2g")]
+        columns += [("kept_z", ".1f", " %"), ("kept_mu", ".1f", " %")]
         row(title, *(cell(runs, *column) for column in columns))
 
 
@@ -182,18 +185,18 @@ def print_epochs() -> None:
     stages = [stage for stage in STAGES["elbo-0"] if (RUNS / f"elbo-0.{stage}").exists()]
     head("seed 0, after", f"{stages[0]} epochs", *map(str, stages[1:]))
     for title, recipe, *column in (
-        ("`elbo`: −ELBO, grey pixels", "elbo", "neg_elbo", 2),
-        ("`elbo`: −ELBO, black and white", "elbo", "binarised", 2),
-        ("`elbo`: digits kept, z", "elbo", "kept_z", 1, " %"),
-        ("`article`: −ELBO, grey pixels", "article", "neg_elbo", 2),
-        ("`article`: digits kept, z", "article", "kept_z", 1, " %"),
+        ("`elbo`: −ELBO, grey pixels", "elbo", "neg_elbo", ".2f"),
+        ("`elbo`: −ELBO, black and white", "elbo", "binarised", ".2f"),
+        ("`elbo`: digits kept, z", "elbo", "kept_z", ".1f", " %"),
+        ("`article`: −ELBO, grey pixels", "article", "neg_elbo", ".2f"),
+        ("`article`: digits kept, z", "article", "kept_z", ".1f", " %"),
     ):
         runs = [f"{recipe}-0.{stage}" for stage in stages]
         row(title, *(cell([run], *column) if (RUNS / run).exists() else "" for run in runs))
     print()
     for stage in (10, stages[-1]):
         bound = mean_bound(main.load_model(RUNS / f"elbo-0.{stage}"), black_and_white(), 500)
-        print(f"`elbo`, seed 0, {stage} epochs: log p(b) ≥ {bound:.2f} (k = 500)", flush=True)
+        print(f"log p(b) ≥ {bound:.2f} after {stage} epochs, with k = 500", flush=True)
 
 
 def print_readme() -> None:
@@ -204,8 +207,8 @@ def print_readme() -> None:
         ("`elbo`, three seeds", 50, THREE["elbo"]),
         ("`elbo`, one seed", last, [f"elbo-0.{last}"]),
     ):
-        figures = cell(runs, "neg_elbo", 1), cell(runs, "active_units", 0), cell(runs, "kept_z", 0)
-        print(f"{title} | {epochs} | {' | '.join(figures)} %".replace(" ± 0 |", " |"))
+        cells = [cell(runs, "neg_elbo", ".1f"), cell(runs, "active_units", ".2g")]
+        print(f"{title} | {epochs} | {' | '.join(cells)} | {cell(runs, 'kept_z', '.1f')} %")
 
 
 if __name__ == "__main__":
