@@ -133,8 +133,8 @@ class ArticleVAE(VAE):
     """The article's model to the letter, with its two mistakes.
 
     1. The encoder ends in a ReLU, so mu cannot be negative. The KL pulls mu towards 0, and once the
-       ReLU's input is negative for every image, no gradient brings it back. After 50 epochs, 7 to 9
-       of the ten units have mu = 0 and sigma near 1 for every test digit: they carry nothing.
+       ReLU's input is negative for every image, no gradient brings it back. After 50 epochs, 8 of
+       the ten units have mu = 0 and sigma near 1 for every test digit: they carry nothing.
     2. Squared error plus KL is the negative ELBO of Gaussian pixels with variance 1/2. For pixels
        in [0, 1] that variance is so large that some units would add more to the KL than they
        would take from the squared error.
