@@ -139,6 +139,7 @@ def print_table(repeats: int, limit: float) -> None:
         for name in turn:
             taken, neg_elbo = loops[name].epoch(len(seconds[name]) + 1)
             seconds[name].append(taken)
+            print(f"{name}: {taken:.1f} s, -ELBO {neg_elbo:.1f}", flush=True)
             if races(name) and neg_elbo < TARGET:
                 reached[name] = len(seconds[name])
     print(f"{'':27}{'s an epoch':>12}{f's to {TARGET} nats':>18}{'epochs':>8}")
