@@ -51,7 +51,6 @@ def draw_plane(page: Page) -> None:
 
 
 def draw_recipes() -> None:
-    """Digits, and their reconstructions by both recipes after 50 epochs."""
     x = main.load_images("MNIST", PROJECT / "data").test[:16] / 255
     rows = [x]
     for recipe in ("article", "elbo"):
