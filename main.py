@@ -28,9 +28,10 @@ import visdom
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LinearLR
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision import datasets, utils
 from tqdm import tqdm
 
@@ -134,8 +135,6 @@ def polynomial_decay(average: Tensor, latest: Tensor, updates: Tensor) -> Tensor
     Polynomial-decay averaging (Shamir & Zhang 2013, arXiv:1212.1824, section 4) suits any length of
     training: with eta = 9, the last tenth of the updates has 65 % of the weight.
     """
-    if not average.is_floating_point():
-        return latest  # counters and masks
     eta = 9
     return average + (eta + 1) / (updates + eta + 1) * (latest - average)
 
@@ -171,6 +170,8 @@ def train(
             total += len(batch) * loss.detach()  # .item() would wait for a GPU at every step
             if (len(batches) - step) % steps_per_update == 0:  # the last step always counts
                 average.update_parameters(model)
+    # Only BatchNorm has statistics that depend on the weights, here the averaged ones.
+    update_bn((images[batch] / 255 for batch in batches[:100]), average)
     return total.item() / len(images)
 
 
@@ -261,9 +262,9 @@ def experiment(
     model = recipe.model(args.latent_dim).to(device)
     optimizer = Adam(model.parameters(), args.lr, fused=True)  # fused is faster on a CPU
     schedule = LinearLR(optimizer, 1.0, recipe.final_lr_factor, total_iters=20)
-    # `average.module` is what is evaluated. use_buffers: BatchNorm's statistics are averaged, too.
+    # `average.module` is what is evaluated. Its buffers are copies of the model's.
     mix = polynomial_decay if recipe.averaged else latest_weights
-    average = AveragedModel(model, avg_fn=mix, use_buffers=True)
+    average = AveragedModel(model, avg_fn=mix)
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
     history = []
     if checkpoint:
@@ -293,9 +294,12 @@ def load_model(folder: Path | str) -> VAE:
     """Load the evaluated model of a run, on the CPU, in evaluation mode and without gradients."""
     checkpoint = read_checkpoint(Path(folder))
     options = checkpoint["options"]
-    average = AveragedModel(RECIPES[options["recipe"]].model(options["latent_dim"]))
-    average.load_state_dict(checkpoint["average"])
-    return average.module.eval().requires_grad_(False)
+    model = known(RECIPES, options["recipe"]).model(options["latent_dim"])
+    # Not into a copy: a function that refers to the model's layers would use the original's.
+    weights = {name: value for name, value in checkpoint["average"].items() if name != "n_averaged"}
+    consume_prefix_in_state_dict_if_present(weights, "module.")
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
 
 
 # ================ plumbing: nothing below is needed to understand the VAE ================
@@ -303,7 +307,14 @@ class RunError(RuntimeError):
     """A mistake or failure for which a sentence is enough."""
 
 
-# ---- a run's files ----
+# ---- names and a run's files ----
+def known(table: dict, name: str):
+    """The row of RECIPES or DATASETS with this name."""
+    if name not in table:
+        raise RunError(f"{name} is not known here; use the script that began this run.")
+    return table[name]
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path, renamed to `path` at the end, which thus is never half written."""
@@ -635,9 +646,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
         for name, value in saved.items():
             if name not in MAY_CHANGE and getattr(args, name) != value:
                 raise RunError(f"{name} is {value} in this run; --resume cannot change it.")
-        for name, known in ((args.recipe, RECIPES), (args.dataset, DATASETS)):
-            if name not in known:
-                raise RunError(f"{name} is not known here; use the script that began this run.")
+        known(RECIPES, args.recipe)
+        known(DATASETS, args.dataset)
         done = len(checkpoint["history"])
         if done >= args.epochs:
             raise RunError(f"{args.resume} has {done} epochs already; raise --epochs.")

@@ -50,11 +50,12 @@ class VAE(nn.Module):
     def initialize(self) -> None:
         """He initialization of the `nn.Linear` layers; call it again after replacing layers.
 
-        PyTorch's default weights are too small for ReLU networks: at first z hardly changes the
-        decoded image, so the KL can switch off a latent unit before the decoder uses it.
+        The encoder's last layer keeps PyTorch's smaller weights, so that the KL starts low however
+        many latent units there are. With He's, 100 units cost more than the image is worth, and
+        training switches all of them off.
         """
         for layer in self.modules():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear) and layer is not self.encoder[-1]:
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
@@ -118,15 +119,15 @@ class VAE(nn.Module):
         q = Normal(mu, sigma.clamp(min=1e-4), validate_args=False)
         prior = Normal(0.0, 1.0, validate_args=False)
         z = q.rsample((k,))  # [k, b, latent_dim]
-        logits = self.decoder(z.flatten(0, 1)).unflatten(0, (k, -1))
-        log_weight = (prior.log_prob(z) - q.log_prob(z)).sum(-1) - bernoulli_nll(logits, x)
+        logits = self.decoder(z.flatten(0, 1))  # [k * b, 1, 28, 28]
+        nll = self.reconstruction_loss(logits, x.repeat(k, 1, 1, 1)).unflatten(0, (k, -1))
+        log_weight = (prior.log_prob(z) - q.log_prob(z)).sum(-1) - nll
         return log_weight.logsumexp(0) - math.log(k)
 
 
 def bernoulli_nll(logits: Tensor, x: Tensor) -> Tensor:
-    """-log p(x|z) of Bernoulli pixels: logits [..., b, 1, 28, 28], x [b, 1, 28, 28] -> [..., b]."""
-    x = x.expand_as(logits)
-    return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum((-3, -2, -1))
+    """-log p(x|z) of Bernoulli pixels: logits and x, both [b, 1, 28, 28] -> [b]."""
+    return F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum((1, 2, 3))
 
 
 class ArticleVAE(VAE):
