@@ -20,6 +20,8 @@ from torchvision import datasets
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
+import recipes  # noqa: E402, F401, because it adds recipes
+
 import main  # noqa: E402
 from vae import VAE, ArticleVAE  # noqa: E402
 
@@ -41,32 +43,39 @@ class Both(VAE):  # with both mistakes corrected
 
 ARTICLE, ELBO = main.RECIPES["article"], main.RECIPES["elbo"]
 STEPS = {  # between the two recipes
+    "both": ARTICLE._replace(model=Both),
     "linear-heads": ARTICLE._replace(model=LinearHeads),
     "bernoulli": ARTICLE._replace(model=Bernoulli),
-    "both": ARTICLE._replace(model=Both),
-    "averaged": ELBO._replace(lr=1e-3, final_lr_factor=1.0, binarized=False),
     "falling-rate": ELBO._replace(binarized=False),
+    "averaged": ARTICLE._replace(model=VAE, averaged=True),
+    "he": ARTICLE._replace(model=VAE),
 }
 main.RECIPES |= STEPS
-THREE = {name: [f"{name}-{seed}.50" for seed in (0, 1, 2)] for name in ("article", "elbo")}
-STAGES = {  # the epochs after which a run is kept and measured
-    "elbo-0": (3, 10, 50, 200, 500, 1000),
-    "elbo-1": (50,),
-    "elbo-2": (50,),
-    "article-0": (3, 10, 50),
-    "article-1": (50,),
-    "article-2": (50,),
-} | {f"{step}-0": (50,) for step in STEPS}
+SEEDS = (0, 1, 2)
+UNITS = (2, 20, 50, 100)  # `elbo` has ten
+EXAMPLES = ("freebits", "iwae", "warmup", "gaussian", "conv")  # of recipes.py
+
+OPTIONS = {
+    f"{recipe}-{seed}": f"--recipe {recipe} --seed {seed}"
+    for recipe in ("elbo", "article", *STEPS, *EXAMPLES)
+    for seed in SEEDS
+}
+OPTIONS |= {f"units{n}-{seed}": f"--latent-dim {n} --seed {seed}" for n in UNITS for seed in SEEDS}
+OPTIONS["split-0"] = "--dataset validation"
+STAGES = dict.fromkeys(OPTIONS, (50,))  # the epochs after which a run is kept and measured
+STAGES |= {"elbo-0": (3, 10, 50, 200, 500, 1000), "elbo-1": (10, 50), "elbo-2": (10, 50)}
+STAGES["article-0"] = (3, 10, 50)
+STAGES |= {f"units{n}-{seed}": (10,) for n in UNITS for seed in SEEDS}
+STAGES |= {f"{recipe}-{seed}": (3,) for recipe in EXAMPLES for seed in SEEDS}
 
 
 def train(name: str) -> None:
-    recipe, _, seed = name.rpartition("-")
     folder = RUNS / name
     for stage in STAGES[name]:
         kept = RUNS / f"{name}.{stage}"
         if not kept.exists():
             begun = (folder / "checkpoint.pt").exists()
-            begin = ["--recipe", recipe, "--seed", seed, "--run", str(folder), "--no-visdom"]
+            begin = [*OPTIONS[name].split(), "--run", str(folder), "--no-visdom"]
             how = ["--resume", str(folder)] if begun else begin
             main.main([*how, "--epochs", str(stage), "--data", str(PROJECT / "data")])
             kept.mkdir()
