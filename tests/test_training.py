@@ -201,11 +201,12 @@ def test_the_share_of_each_update_in_the_average(updates):
 
 
 class WithBuffers(main.VAE):
-    """A BatchNorm layer, a counter of training steps and a mask."""
+    """A BatchNorm layer, spectral norm, a counter of training steps and a mask."""
 
     def __init__(self, latent_dim):
         super().__init__(latent_dim)
         self.encoder.insert(2, nn.BatchNorm1d(256))
+        nn.utils.parametrizations.spectral_norm(self.encoder[4])
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("mask", torch.arange(latent_dim) > 0)
 
@@ -214,18 +215,53 @@ class WithBuffers(main.VAE):
         return super().loss(x, beta)
 
 
-def test_buffers(monkeypatch):
-    """Statistics of BatchNorm are averaged; counters and masks are as in the model. The counter
-    also shows that the model is in training mode while it is trained, and only then.
+def test_buffers(monkeypatch, few_digits):
+    """They are copied, not averaged: spectral norm's remain unit vectors. Only BatchNorm's are
+    computed anew, by passing the last epoch's grey digits through the averaged weights.
     """
     monkeypatch.setitem(main.RECIPES, "elbo", main.RECIPES["elbo"]._replace(model=WithBuffers))
-    checkpoint = load_checkpoint(train(f"{SHORT} --epochs 2"))
-    name = "encoder.2.running_mean"
-    latest, average = checkpoint["model"][name], checkpoint["average"][f"module.{name}"]
-    assert not torch.equal(latest, average) and (latest - average).abs().max() < latest.abs().max()
+    run = train(f"{SHORT} --epochs 2")
+    checkpoint, loaded = load_checkpoint(run), main.load_model(run)
+    average = loaded.state_dict()
     for name, value in (("steps", torch.tensor(40)), ("mask", torch.arange(10) > 0)):
-        assert torch.equal(checkpoint["model"][name], value)
-        assert torch.equal(checkpoint["average"][f"module.{name}"], value)
+        assert torch.equal(checkpoint["model"][name], value) and torch.equal(average[name], value)
+    for name in ("_u", "_v"):
+        vector = average[f"encoder.4.parametrizations.weight.0.{name}"]
+        assert vector.norm() == pytest.approx(1, abs=1e-5)
+
+    x = main.load_images("MNIST", few_digits).train / 255  # twenty batches, all of them used
+    mean = loaded.encoder[:2](x).mean(0)
+    torch.testing.assert_close(average["encoder.2.running_mean"], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_training_is_in_training_mode(few_digits):
+    """Whatever the model was used for before."""
+    model = WithBuffers(10).eval()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    images = main.load_images("MNIST", few_digits).train
+    args = main.parser.parse_args(SHORT.split())
+    main.train(args, model, average, torch.optim.Adam(model.parameters()), images, epoch=1)
+    assert model.steps == 20
+
+
+class Tied(main.VAE):
+    """Whose decoder's last layer has the weights of the encoder's first."""
+
+    def __init__(self, latent_dim):
+        super().__init__(latent_dim)
+        first = self.encoder[1]
+        self.decoder[-2].forward = lambda hidden: hidden @ first.weight
+
+
+def test_a_lambda_that_refers_to_the_models_layers(monkeypatch, few_digits):
+    """In a copy of the model, it would still refer to those of the original."""
+    monkeypatch.setitem(main.RECIPES, "elbo", main.RECIPES["elbo"]._replace(model=Tied))
+    run = train(f"{SHORT} --epochs 2")
+    model, hidden = main.load_model(run), torch.rand(3, 256)
+    torch.testing.assert_close(model.decoder[-2](hidden), hidden @ model.encoder[1].weight)
+    test_images = main.load_images("MNIST", few_digits).test
+    measures = main.evaluate(model, test_images, beta=1.0, seed=0).measures
+    assert measures["neg_elbo"] == pytest.approx(metrics(run)[-1]["neg_elbo"], rel=1e-5)
 
 
 # ---- in another precision, and on real digits ----
