@@ -147,7 +147,7 @@ def print_table(repeats: int, limit: float) -> None:
         epochs = reached.get(name, len(times))
         total = f"{'' if name in reached else '> '}{sum(times[:epochs]):.0f}"
         race = f"{total:>18}{epochs:>8}" if name in racing else ""
-        print(f"{name:27}{statistics.median(times[:repeats]):12.2f}{race}")
+        print(f"{name:27}{statistics.median(times):12.2f}{race}")
 
 
 def print_drawing(epochs: int = 6) -> None:

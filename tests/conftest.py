@@ -5,7 +5,6 @@ import csv
 import functools
 import itertools
 import os
-import re
 import shutil
 import signal
 import socket
@@ -22,10 +21,7 @@ from filelock import FileLock
 
 PROJECT = Path(__file__).resolve().parent.parent
 README = (PROJECT / "README.md").read_text()
-USE, MINE, SWEEP, *_ = re.findall(r"```python\n(.*?)```", README, re.S)  # its programs
-EXAMPLES = tempfile.TemporaryDirectory()
-Path(EXAMPLES.name, "readme_mine.py").write_text(MINE)
-sys.path[:0] = [str(PROJECT), EXAMPLES.name]
+sys.path.insert(0, str(PROJECT))
 
 import main  # noqa: E402
 

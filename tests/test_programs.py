@@ -1,20 +1,26 @@
-"""main.py in notebooks, and the README's programs and recipes."""
+"""main.py in notebooks; the README's programs; recipes.py."""
 
+import itertools
+import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import readme_mine as mine
+import recipes
 import torch
-from conftest import MINE, PROJECT, README, SHORT, SWEEP, USE, metrics, train, wait_for
+from conftest import PROJECT, README, SHORT, metrics, train, wait_for
 from jupyter_client.manager import start_new_kernel
 from PIL import Image
+from torchvision import datasets
 
 import main
 
+USE, RECIPE, SWEEP = re.findall(r"```python\n(.*?)```", README, re.S)
+BASH = re.findall(r"```bash\n(.*?)```", README, re.S)
 OPTIONS = f"{SHORT} --epochs 1"
 
 
@@ -37,7 +43,7 @@ def test_in_a_notebook(tmp_path):
         # With stop_on_error, the kernel would drop requests that are sent right after an error.
         options = f"{SHORT} --epochs 100000 --run third"
         client.execute(f"main.main('{options}'.split())", stop_on_error=False)
-        wait_for(Path("third", "metrics.csv").exists)
+        wait_for(Path("third", "checkpoint.pt").exists)
         manager.interrupt_kernel()
         assert client.get_shell_msg(timeout=300)["content"]["ename"] == "KeyboardInterrupt"
         execute("done = len(main.read_checkpoint(main.Path('third'))['history'])")
@@ -48,66 +54,123 @@ def test_in_a_notebook(tmp_path):
 
 
 # ---- the README's programs ----
-def run_as_written(block: str) -> None:
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+def run_as_written(program: str) -> None:
+    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
 
 
 def test_using_the_model(capsys):
-    train("--epochs 1 --no-visdom --run runs/first")
+    run = train("--epochs 1 --no-visdom --run runs/first")
     run_as_written(USE)
     assert Path("digits.png").exists()
-    bound = float(re.search(r"log p\(x\) >= (-[\d.]+) nats", capsys.readouterr().out)[1])
-    (row,) = metrics("runs/first")
-    assert -1.5 * row["neg_elbo"] < bound < 0
+    pattern = r"-ELBO ([\d.]+) nats per image\nlog p\(b\) >= (-[\d.]+) nats per image"
+    neg_elbo, bound = map(float, re.search(pattern, capsys.readouterr().out).groups())
+    (row,) = metrics(run)
+    assert 0.9 * row["neg_elbo"] < neg_elbo < row["neg_elbo"] and -neg_elbo < bound < 0
+
+
+def test_the_recipe_as_a_script_of_its_own(tmp_path):
+    """Beside main.py; it begins a run and continues it."""
+    for script in ("main.py", "vae.py"):
+        shutil.copy(PROJECT / script, tmp_path)
+    Path("mine.py").write_text(RECIPE)
+    for options in (f"{OPTIONS} --recipe freebits --run run", "--resume run --epochs 2"):
+        subprocess.run([sys.executable, "mine.py", *options.split()], check=True)
+    assert len(metrics("run")) == 2
 
 
 def test_a_sweep(fewest_digits, monkeypatch, capsys):
-    """A run that is there is not trained again, and the table has means and deviations."""
+    """A run that was interrupted is continued, one that is finished is not trained again, and all
+    are counted.
+    """
     Path("data").unlink()
     Path("data").symlink_to(fewest_digits)
-    sweep = SWEEP.replace("--epochs 10", "--epochs 2").replace("== 10", "== 2")
+    monkeypatch.setitem(sys.modules, "mine", recipes)
+    monkeypatch.setitem(main.DATASETS, "validation", main.DATASETS["MNIST"])
+    sweep = SWEEP.replace('"--epochs", 10', '"--epochs", 2').replace("== 10", "== 2")
+    assert '"--epochs", 2]' in sweep and "== 2]" in sweep
+
+    original, calls = main.train, itertools.count()
+
+    def interrupted(*arguments):
+        if next(calls) == 3:  # in the second epoch of the second run
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(main, "train", interrupted)
+        run_as_written(sweep)
+    capsys.readouterr()
     run_as_written(sweep)
     output = capsys.readouterr().out
-    table = re.findall(r"^beta .*: -ELBO (\d+\.\d\d) ± (\d+\.\d\d)$", output, re.M)
-    assert len(table) == 3 and output.count("Saved in") == 9
+    tables = re.findall(r"^beta (\S+), (\d) runs\n((?:\w+ \S+ ± \S+\n){3})", output, re.M)
+    assert [table[:2] for table in tables] == [("0.5", "3"), ("1", "3"), ("2", "3")]
+    assert output.count("Saved in") == 8 and output.count("already") == 1
+    values = [metrics(f"runs/sweep/beta1-seed{seed}")[-1]["kl"] for seed in (0, 1, 2)]
+    kl = f"kl {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}\n"
+    assert kl in tables[1][2]
     run_as_written(sweep)
-    output = capsys.readouterr().out
-    assert output.count("has a run already") == 9 and "Saved in" not in output
-    assert re.findall(r"^beta .*: -ELBO (\d+\.\d\d) ± (\d+\.\d\d)$", output, re.M) == table
+    assert capsys.readouterr().out.count("already") == 9
 
 
+def test_how_a_requeued_job_continues(fewest_digits):
+    """The README's line of bash, run twice."""
+    line = BASH[-1].replace("python main.py", f"{sys.executable} {main.__file__}")
+    for epochs in (1, 2):
+        options = f"{SHORT} --data {fewest_digits} --epochs {epochs}"
+        subprocess.run(["bash", "-c", f"{line.strip()} {options}"], check=True)
+    assert len(metrics("runs/a")) == 2
+
+
+# ---- recipes.py ----
 @torch.no_grad()
-def test_objectives_of_mine():
+def test_objectives():
     """Unused bits add to the loss; more samples bring the bound closer to -log p(x)."""
     x, losses = torch.rand(20, 1, 28, 28).round(), []
     weights = main.VAE().state_dict()
-    for model in (mine.IWAE(), main.VAE(), mine.FreeBits()):
+    for model in (recipes.IWAE(), main.VAE(), recipes.FreeBits()):
         model.load_state_dict(weights)
         torch.manual_seed(0)
         losses.append(model.loss(x).item())
     assert losses == sorted(losses) and len(set(losses)) == 3
 
 
-def test_mine_trains_and_resumes_own_images(few_digits, tmp_path):
-    """As a script beside main.py."""
-    images = main.load_images("MNIST", few_digits)
-    for label in (1, 7):
-        folder = tmp_path / "pictures" / f"class {label}"
-        folder.mkdir(parents=True)
-        for i, digit in enumerate(images.test[images.test_labels == label][:20]):
-            Image.fromarray(digit[0].numpy()).resize((56, 56)).save(folder / f"{i}.png")
-    for script in ("main.py", "vae.py"):
-        shutil.copy(PROJECT / script, tmp_path)
-    Path("mine.py").write_text(MINE)
-    options = f"{SHORT} --recipe sharp --dataset own --data pictures --epochs 1 --run run"
-    for command in (options, "--resume run --epochs 2"):
-        subprocess.run([sys.executable, "mine.py", *command.split()], check=True)
-    assert len(metrics("run")) == 2
-    assert main.load_model("run").variance == 0.005
+@torch.no_grad()
+def test_warm_up():
+    """The weight of the KL grows with the training steps, and only with them."""
+    model, x = recipes.WarmUp(), torch.rand(20, 1, 28, 28)
+    mu, sigma = model.encode(x)
+    kl = model.kl(mu, sigma).sum(1).mean()
+    for steps, expected in ((0, 0), (5_000, 0.5), (20_000, 2), (50_000, 2)):
+        model.steps.fill_(steps)
+        losses = []
+        for beta in (0, 2):
+            torch.manual_seed(0)
+            losses.append(model.eval().loss(x, beta))
+        torch.testing.assert_close(losses[1] - losses[0], expected * kl, rtol=1e-3, atol=1e-3)
+        model.train().loss(x)
+        assert model.steps == steps + 1
+
+
+def test_gaussian_pixels():
+    """With the constant, so that likelihoods of different scales can be compared."""
+    x, logits = torch.rand(2, 5, 1, 28, 28)
+    for recipe, scale in (("gaussian", 0.1), ("sharp", 0.07)):
+        squared_error = (logits.sigmoid() - x).square().sum((1, 2, 3))
+        expected = squared_error / (2 * scale**2) + 784 * math.log(scale * math.sqrt(2 * math.pi))
+        found = main.RECIPES[recipe].model(10).reconstruction_loss(logits, x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-2)
+
+
+def test_validation_digits(mnist):
+    """The last 10,000 training digits, with their labels, and no test digit."""
+    split, images = (main.load_images(name, mnist) for name in ("validation", "MNIST"))
+    assert torch.equal(torch.cat([split.train, split.test]), images.train)
+    labels = datasets.MNIST(mnist).targets
+    assert len(split.test) == 10_000 and torch.equal(split.test_labels, labels[-10_000:])
 
 
 @pytest.mark.parametrize("number", [7, 40])
-def test_how_own_images_are_read(tmp_path, number):
+def test_own_images(tmp_path, number):
     for i in range(number):
         folder = tmp_path / "pictures" / f"class {i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,12 +182,33 @@ def test_how_own_images_are_read(tmp_path, number):
     assert sorted(numbers) == list(range(number))
     assert own.test_labels.tolist() == [i % 2 for i in numbers[: len(own.test)]]
 
+
+def test_pictures_of_any_kind(tmp_path):
     picture, exif = Image.effect_noise((28, 28), 50), Image.Exif()
     exif[0x0112] = 6  # to be shown turned to the right
     picture.rotate(90).save("rotated.png", exif=exif)
-    assert mine.read_on_white("rotated.png").tobytes() == picture.tobytes()
-    Image.new("RGBA", (28, 28), (0, 0, 0, 0)).save("transparent.png")
-    assert mine.read_on_white("transparent.png").getextrema() == (255, 255)
+    assert recipes.read_image("rotated.png").tobytes() == picture.tobytes()
+    for mode, color in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0))):
+        Image.new(mode, (28, 28), color).save("transparent.png")
+        assert recipes.read_image("transparent.png").getextrema() == (255, 255)
+    Image.new("L", (10, 28), 7).save("narrow.png")  # is not stretched
+    assert recipes.read_image("narrow.png").getcolors() == [(280, 7), (504, 255)]
+    for mode in ("1", "P", "CMYK"):
+        Image.effect_noise((28, 28), 50).convert(mode).save("picture.tiff")
+        assert recipes.read_image("picture.tiff").size == (28, 28)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode):
+    Path("pictures", "a").mkdir(parents=True)
+    Image.new(mode, (28, 28)).save("pictures/a/deep.tiff")
+    with pytest.raises(main.RunError, match="deep.tiff has more than 8 bits"):
+        main.load_images("own", "pictures")
+
+
+def test_a_folder_without_pictures():
+    with pytest.raises(main.RunError, match="nowhere"):
+        main.load_images("own", "nowhere")
 
 
 # ---- what else the README says ----
