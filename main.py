@@ -339,9 +339,8 @@ def save(folder: Path, options: dict, history: list, parts: dict, pictures: dict
         with replacing(folder / f"{name}.png") as path:
             utils.save_image(picture, path, format="png")
     states = {name: part.state_dict() for name, part in parts.items()}
-    with replacing(
-        folder / "checkpoint.pt"
-    ) as path:  # last: after an interruption, --resume rewrites all
+    # Last: if interrupted before, --resume writes all files again.
+    with replacing(folder / "checkpoint.pt") as path:
         torch.save({"options": options, "history": history, **states}, path)
 
 

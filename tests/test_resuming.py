@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pexpect
 import pytest
 import torch
 from conftest import PATIENCE, SHORT, load_checkpoint, metrics, train, wait_for
@@ -135,27 +134,14 @@ def printed_epoch() -> int:
     return int(rows[-1]) if rows else 0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(process, signum):
-    process.send_signal(signum)
-    assert process.wait(PATIENCE) == -signal.SIGINT  # so that a shell's loop stops, too
+def test_terminated(process):
+    """By a batch system. For Ctrl-C, see test_page.py."""
+    process.terminate()
+    assert process.wait(PATIENCE) == -signal.SIGINT
     errors = Path("err.txt").read_text()
     assert errors.splitlines()[-1] == "main.py: interrupted" and "Traceback" not in errors
     saved = assert_whole(Path("run"))
     assert 1 <= printed_epoch() <= saved
-
-
-@pytest.mark.parametrize("shell", ["bash", "sh"])
-def test_ctrl_c_stops_a_loop_of_the_shell(shell):
-    """A terminal sends it to all processes of its foreground group."""
-    python = f"{sys.executable} {main.__file__} {SHORT} --epochs 100000"
-    loop = f"for seed in 0 1; do {python} --seed $seed --run run$seed; done; echo went on"
-    terminal = pexpect.spawn(shell, ["-c", loop], timeout=PATIENCE, encoding="utf-8")
-    terminal.expect(r"\r +1 +\d+\.\d\d ")  # the first epoch's row
-    terminal.sendintr()
-    rest = terminal.read()
-    assert "main.py: interrupted" in rest and "Run: " not in rest and "went on" not in rest
-    assert not Path("run1").exists()
 
 
 class Signal(BaseException):
