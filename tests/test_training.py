@@ -189,17 +189,6 @@ def test_the_learning_rate_falls_linearly_over_20_epochs(fewest_digits, monkeypa
 
 
 # ---- the average ----
-@pytest.mark.parametrize("updates", [1, 2, 100])
-def test_the_share_of_each_update_in_the_average(updates):
-    """Shamir & Zhang 2013: with eta = 9, that of update t is proportional to t (t+1) ... (t+8)."""
-    average = torch.full((updates,), 7.0)  # the first update replaces what was there
-    for earlier, latest in enumerate(torch.eye(updates)):
-        average = main.polynomial_decay(average, latest, torch.tensor(earlier))
-    shares = torch.stack([torch.arange(1.0, updates + 1) + i for i in range(9)]).double().prod(0)
-    torch.testing.assert_close(average, (shares / shares.sum()).float())
-    assert updates < 100 or average[-10:].sum() == pytest.approx(0.65, abs=0.03)  # the last tenth
-
-
 class WithBuffers(main.VAE):
     """A BatchNorm layer, spectral norm, a counter of training steps and a mask."""
 
