@@ -167,7 +167,7 @@ def print_drawing(epochs: int = 6) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="epochs whose median is printed")
+    parser.add_argument("--repeats", type=int, default=5, help="epochs of each, at least")
     parser.add_argument("--busy", type=int, default=0, help="programs to keep busy beside it")
     parser.add_argument("--limit", type=float, default=400, help="seconds after which to give up")
     args = parser.parse_args()
