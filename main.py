@@ -117,8 +117,8 @@ add("--env", default="main", metavar="NAME", help="page of the server (%(default
 
 # ---- training ----
 def set_seed(seed: int, epoch: int) -> None:
-    """Seed each epoch separately, so that on a CPU a resumed run equals an uninterrupted one. The
-    initial weights use epoch 0, and so does every evaluation, so that all have the same noise.
+    """Seed each epoch separately, so that on a CPU a resumed run equals an uninterrupted one. Epoch
+    0 is for the initial weights and for every evaluation, so that all have the same noise.
     """
     torch.manual_seed(1_000_000 * seed + epoch)
 
@@ -167,9 +167,7 @@ def train(
                 x = binarize(x)
             loss = model.loss(x, args.beta)
             optimizer.zero_grad()
-            (
-                loss / x[0].numel()
-            ).backward()  # per pixel, as in the article; Adam hardly depends on it
+            (loss / x[0].numel()).backward()  # per pixel, as in the article; Adam barely notices
             optimizer.step()
             total += len(batch) * loss.detach()  # .item() would wait for a GPU at every step
             if (len(batches) - step) % steps_per_update == 0:  # the last step always counts
