@@ -99,19 +99,12 @@ def test_a_folder_that_is_not_a_run(folder):
     assert not Path("nowhere").exists() and not Path("runs").exists()
 
 
-class Touch:
-    """Unpickled, it makes a file."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("touched"),)
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(a_run):
-    torch.save(load_checkpoint(a_run) | {"history": [Touch()]}, a_run / "checkpoint.pt")
+def test_a_checkpoint_that_could_run_code_is_refused(a_run):
+    """One with more than tensors and plain values, such as a path."""
+    torch.save(load_checkpoint(a_run) | {"history": [Path("here")]}, a_run / "checkpoint.pt")
     for read in (lambda: train("--resume run --epochs 2"), lambda: main.load_model(a_run)):
         with pytest.raises(pickle.UnpicklingError):
             read()
-    assert not Path("touched").exists()
 
 
 # ---- signals ----
