@@ -116,7 +116,7 @@ def black_and_white():
 
 
 def remembered(function: Callable) -> Callable:
-    """Keep what a function of a run returns in the run's folder, as it takes a minute."""
+    """Keep a run's figures in its folder; delete these .json files to measure it again."""
 
     @functools.wraps(function)
     def look_up(run: str, *arguments):

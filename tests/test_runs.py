@@ -47,6 +47,14 @@ def test_numbers_and_paths_as_options(fewest_digits):
     assert load_checkpoint(run)["options"]["lr"] == 1e-3
 
 
+def test_main_does_not_read_sys_argv(monkeypatch):
+    """In a notebook, these are the kernel's own arguments; argparse would refuse them."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel", "-f", "kernel.json"])
+    monkeypatch.setattr(main, "load_images", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main.main()
+
+
 def test_a_script_sets_a_time_limit_for_downloads(monkeypatch):
     """Behind some firewalls, torchvision's download would wait forever."""
     limits = []

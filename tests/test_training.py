@@ -1,5 +1,5 @@
 """A second implementation of the training, in plain PyTorch, compared with main.py bit for bit; the
-learning rate and the average.
+learning rate, the average and the precision.
 
 These tests fail after any change of the training or the noise. If that is what you wanted, update
 `reference_training`, or ignore them; tests/test_model.py must still pass. The model's own formulas
@@ -253,7 +253,16 @@ def test_a_lambda_that_refers_to_the_models_layers(monkeypatch, few_digits):
     assert measures["neg_elbo"] == pytest.approx(metrics(run)[-1]["neg_elbo"], rel=1e-5)
 
 
-# ---- on all of MNIST ----
+# ---- in another precision, and on all of MNIST ----
+def test_double_precision():
+    torch.set_default_dtype(torch.float64)
+    try:
+        run = train(f"{SHORT} --epochs 1")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert load_checkpoint(run)["model"]["encoder.1.weight"].dtype == torch.float64
+
+
 @pytest.mark.parametrize("latent_dim, neg_elbo, active", [(10, 119, 10), (100, 140, 5)])
 def test_an_epoch_on_all_of_mnist(mnist, latent_dim, neg_elbo, active):
     (row,) = metrics(train(f"--epochs 1 --latent-dim {latent_dim} --no-visdom --data {mnist}"))
